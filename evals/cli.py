@@ -1,0 +1,115 @@
+"""`evals`: measure a model, print the scorecard, write the report."""
+
+from pathlib import Path
+from typing import Literal
+
+from core_llm import cli_tools
+
+QUICKSTART = ("text-qa", "text-regression", "scenes", "spoken-digits", "spoken-scenes", "guard-basics")
+
+
+def run(
+    tasks: cli_tools.Positional[list[str]],
+    model: str = "nano",
+    data_root: Path | None = None,
+    split: Literal["train", "dev", "all"] = "dev",
+    limit: int | None = None,
+    output: Path | None = None,
+    report: Path | None = None,
+    seed: int = 0,
+    records: Path = Path("runs/evals"),
+) -> None:
+    """Run tasks with their controls; the same command run again continues where it stopped.
+
+    Args:
+        tasks: Names of tasks; `evals list` shows them.
+        model: nano, or a folder with core/, vision_adapter/, speech_adapter/ and guard/.
+        data_root: Folder with local copies of the datasets; without it they come from the hub.
+        split: Which rows: dev is a fixed part that no trainer sees, all is every row there.
+        limit: Ask at most this many rows per task (a fixed random choice).
+        output: Write results.json here.
+        report: Write an HTML report into this folder.
+        seed: Seed of the subset, the shuffled controls and the bootstrap.
+        records: Folder where every single answer is kept, for resuming and re-scoring.
+    """
+    from evals.run import run_tasks
+    from evals.tasks import Options, find
+
+    chosen = find(tasks)
+    options = Options(data_root, split, limit, seed)
+    path = run_tasks(chosen, model, options, records, output, report)
+    if output is not None:
+        print(f"results: {output}")
+    if path is not None:
+        print(f"report:  {path}")
+
+
+def quickstart(model: str = "nano", out: Path = Path("runs/quickstart"), seed: int = 0) -> None:
+    """Run the bundled samples over text, vision, speech and safety: no data, no network, no GPU.
+
+    Args:
+        model: nano, or a model's folder.
+        out: Folder for the report, results.json and the single answers.
+        seed: Seed of the controls and the bootstrap.
+    """
+    from evals.run import run_tasks
+    from evals.tasks import Options, find
+
+    path = run_tasks(
+        find(list(QUICKSTART)), model, Options(seed=seed), out / "records", out / "results.json", out
+    )
+    assert path is not None
+    print(
+        f"report:  {path}  (open it in a browser)\n"
+        f"results: {out / 'results.json'}\n\n"
+        "What to do next:\n"
+        "  make demo                            talk to the model: text, images, your voice\n"
+        "  make serve                           the guard behind POST /v1/moderations\n"
+        "  .venv/bin/evals list                 every task, with source and licence\n"
+        "  .venv/bin/evals run easy-vqa fsdd guard-diasafety --data-root DIR --report runs/full"
+    )
+
+
+def list_tasks() -> None:
+    """Show every task: what it measures, where its rows come from, under which licence."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from evals.tasks import registry
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("task", "what", "metrics", "needs", "source", "licence"):
+        table.add_column(column, no_wrap=column == "task")
+    for task in registry().values():
+        source = task.source + (" (bundled)" if task.bundled else "")
+        table.add_row(
+            task.name, task.title, ", ".join(task.metrics), ", ".join(task.needs), source, task.licence
+        )
+    console = Console()
+    (console if console.is_terminal else Console(width=170)).print(table)
+
+
+def reproduce_nano(
+    data_root: Path, out: Path = Path("runs/nano"), seed: int = 0, install: bool = True
+) -> None:
+    """Train the nano family from scratch, install its weights, write its model cards and results.
+
+    Args:
+        data_root: Folder with local copies of the public datasets; without it they come from the hub.
+        out: Folder for the stages; the same command continues an interrupted run.
+        seed: Seed of every stage.
+        install: Copy the weights into the packages and write docs/model_cards and docs/results.
+    """
+    from evals.reproduce import reproduce
+
+    reproduce(data_root, out, seed, install)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli_tools.run(
+        "evals",
+        "One harness for text, vision, speech and safety.",
+        {"run": run, "quickstart": quickstart, "list": list_tasks, "reproduce-nano": reproduce_nano},
+    )

@@ -1,0 +1,163 @@
+"""The nano family from scratch: train every part, install the weights, measure them, write their cards."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from core_llm.errors import CheckpointError, UserError
+
+from evals import cards
+from evals.results import write_text
+
+# All bundled weights together must stay below this in git.
+WEIGHT_LIMIT = 24_000_000  # bytes
+BUNDLED_TASKS = ("text-qa", "text-regression", "scenes", "spoken-digits", "spoken-scenes", "guard-basics")
+DATASET_TASKS = (
+    "text-perplexity",
+    "easy-vqa",
+    "fsdd",
+    "spoken-vqa",
+    "guard-diasafety",
+    "guard-openai-moderation",
+)
+_FILES = ("tokenizer.json", "model.safetensors", "config.json")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One trainer. `name` is the sub-folder of the model and the import package ("core" for core_llm)."""
+
+    name: str
+    command: tuple[str, ...]
+
+    @property
+    def package(self) -> str:
+        return "core_llm" if self.name == "core" else self.name
+
+
+def stages(data_root: Path | None, out: Path, seed: int) -> list[Stage]:
+    """The trainers in order; every adapter is trained on the core of the first stage."""
+    common = (*_data_flag(data_root), "--seed", str(seed))
+    on_core = (*common, "--core", str(out / "core"))
+    return [
+        Stage("core", ("core-llm", "pretrain", *common, "--out", str(out / "core"))),
+        Stage("vision_adapter", ("vision-adapter", "train", *on_core, "--out", str(out / "vision_adapter"))),
+        Stage("speech_adapter", ("speech-adapter", "train", *on_core, "--out", str(out / "speech_adapter"))),
+        Stage("guard", ("guard", "train", *on_core, "--out", str(out / "guard"))),
+    ]
+
+
+def reproduce(data_root: Path | None, out: Path, seed: int, install: bool) -> None:
+    """Run the stages that are not finished, then install, evaluate and write the cards.
+
+    Raises `UserError` when the data root is missing or a stage fails; finished stages are kept.
+    """
+    if data_root is not None and not data_root.is_dir():
+        raise UserError(f"--data-root {data_root}: no such folder")
+    out.mkdir(parents=True, exist_ok=True)
+    plan = stages(data_root and data_root.resolve(), out.resolve(), seed)
+    for number, stage in enumerate(plan, start=1):
+        _train(stage, out, f"[{number}/{len(plan)}]")
+    model = "nano" if install else str(out)
+    docs = _root() / "docs" if install else out / "docs"
+    if install:
+        _install(plan, out)
+    seconds = {stage.name: _spent(stage, out)["seconds"] for stage in plan}
+    started = time.perf_counter()
+    for name, tasks in (("nano_bundled", BUNDLED_TASKS), ("nano_datasets", DATASET_TASKS)):
+        result = docs / "results" / f"{name}.json"
+        command = ["evals", "run", *tasks, "--model", model, "--seed", str(seed), "--output", str(result)]
+        command += ["--records", str(out / "records"), "--report", str(out / f"report_{name}")]
+        _call([*command, *_data_flag(data_root)])
+    seconds["evaluation"] = time.perf_counter() - started
+    for path in cards.write_all(out, docs, seed, seconds):
+        print(f"model card: {path}")
+    _show(seconds)
+
+
+def _data_flag(data_root: Path | None) -> tuple[str, ...]:
+    """Without a data root the datasets come from the hub."""
+    return ("--data-root", str(data_root)) if data_root is not None else ()
+
+
+def _root() -> Path:
+    """The source tree; weights can only be installed into one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "packages").is_dir():
+        raise UserError("evals is not installed from the source tree; use --install False")
+    return root
+
+
+def _spent(stage: Stage, out: Path) -> dict[str, float]:
+    path = out / f"{stage.name}.stage.json"
+    return json.loads(path.read_text()) if path.exists() else {"seconds": 0.0, "done": 0}
+
+
+def _train(stage: Stage, out: Path, number: str) -> None:
+    """Run a trainer unless it has finished; its wall time adds up over interruptions."""
+    spent = _spent(stage, out)
+    if spent["done"]:
+        print(f"{number} {stage.name}: finished before, {spent['seconds'] / 60:.1f} minutes")
+        return
+    print(f"{number} {stage.name}", flush=True)
+    started = time.perf_counter()
+    done = 0
+    try:
+        _call(list(stage.command))
+        done = 1
+    finally:
+        total = spent["seconds"] + time.perf_counter() - started
+        write_text(out / f"{stage.name}.stage.json", json.dumps({"seconds": total, "done": done}) + "\n")
+
+
+def _call(command: list[str]) -> None:
+    """Run one of our console scripts of this very environment, its progress on our terminal."""
+    script = Path(sys.executable).with_name(command[0])
+    executable = str(script) if script.exists() else shutil.which(command[0])
+    if executable is None:
+        raise UserError(f"{command[0]} is not installed in this environment")
+    # Threads that wait must not spin: on few cores they would take them from the ones that work.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    done = subprocess.run([executable, *command[1:]], env=environment, check=False)
+    if done.returncode:
+        raise UserError(
+            f"`{command[0]} {command[1]}` failed with status {done.returncode}; the same command continues"
+        )
+
+
+def _install(plan: list[Stage], out: Path) -> None:
+    """Copy the weights into the packages, if together they are small enough."""
+    root = _root()
+    sources = [out / stage.name / name for stage in plan for name in _FILES]
+    sources = [path for path in sources if path.exists()]
+    for stage in plan:
+        if not (out / stage.name / "model.safetensors").exists():
+            raise CheckpointError(f"{out / stage.name}: the trainer left no model.safetensors")
+    total = sum(path.stat().st_size for path in sources)
+    if total > WEIGHT_LIMIT:
+        raise UserError(f"the weights take {total / 1e6:.1f} MB, more than {WEIGHT_LIMIT / 1e6:.0f} MB")
+    packages = {stage.name: stage.package for stage in plan}
+    for path in sources:
+        package = packages[path.parent.name]
+        folder = root / "packages" / package / "src" / package / "nano"
+        folder.mkdir(exist_ok=True)
+        temporary = folder / f"{path.name}.tmp"
+        shutil.copyfile(path, temporary)
+        os.replace(temporary, folder / path.name)
+    print(f"installed {total / 1e6:.1f} MB of weights into packages/*/src/*/nano")
+
+
+def _show(seconds: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "minutes", title="Wall time")
+    for name, value in seconds.items():
+        table.add_row(name, f"{value / 60:.1f}")
+    table.add_row("in all", f"{sum(seconds.values()) / 60:.1f}")
+    Console().print(table)

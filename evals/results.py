@@ -1,0 +1,89 @@
+"""results.json: one object per task, written atomically, read strictly."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core_llm.errors import UserError
+
+if TYPE_CHECKING:
+    from evals.runner import Evaluation
+
+Entry = dict[str, Any]
+
+
+def entry(evaluation: "Evaluation", provenance: dict[str, Any]) -> Entry:
+    """One task's object of results.json."""
+    from evals.runner import metrics_json
+
+    task = evaluation.task
+    return {
+        "task": task.name,
+        "n": evaluation.scored.n,
+        "metrics": metrics_json(evaluation.scored.estimates),
+        "controls": {control.name: control.as_json() for control in evaluation.controls},
+        "no_evidence_against": evaluation.without_evidence,
+        "kinds": {kind.name: kind.as_json() for kind in evaluation.kinds},
+        "extra": evaluation.extra,
+        "title": task.title,
+        "section": task.section,
+        "interval": evaluation.interval,
+        "seconds": round(evaluation.seconds, 2),
+        "provenance": {
+            **provenance,
+            "source": task.source,
+            "licence": task.licence,
+            "task_version": task.version,
+            "dataset_sha256": evaluation.fingerprint,
+            "rows_answered_before": evaluation.reused,
+        },
+    }
+
+
+def check_writable(path: Path) -> None:
+    """Raise `UserError` before any work when a file could not be written at `path`."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{path}: {folder} is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror})") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing: a neighbour first, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write(path: Path, entries: Sequence[Entry]) -> None:
+    """Write results.json."""
+    write_text(path, json.dumps(list(entries), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read(path: Path) -> list[Entry]:
+    """Read results.json; raises `UserError` for a file that is not one."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a results file ({error})") from error
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and "metrics" in e for e in entries):
+        raise UserError(f"{path}: not a results file (expected a list of tasks with metrics)")
+    return entries

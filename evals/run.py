@@ -1,0 +1,57 @@
+"""One run of the harness: checks first, then tasks, then results, scorecard and report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from core_llm.errors import UserError
+
+from evals import provenance, results, scorecard
+from evals.models import Subject
+from evals.runner import Evaluation, evaluate
+from evals.tasks.base import Options, Task
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    model: str,
+    options: Options,
+    records: Path,
+    output: Path | None = None,
+    report: Path | None = None,
+) -> Path | None:
+    """Evaluate, print the scorecard, write what was asked for; returns the path of the report.
+
+    What the user got wrong is refused before any work: no task, a limit below 1, a model without a
+    part that a task needs, a place that cannot be written.
+    """
+    if not tasks:
+        raise UserError("no task given; `evals list` shows the tasks")
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit must be at least 1, not {options.limit}")
+    if options.data_root is not None and not options.data_root.is_dir():
+        raise UserError(f"--data-root {options.data_root}: no such folder")
+    for path in (output, report / "index.html" if report else None):
+        if path is not None:
+            results.check_writable(path)
+    subject = Subject(model)
+    for task in tasks:
+        subject.require(task.needs, task.name)
+    shared = provenance.collect(model, subject.part_hashes, options.seed)
+    evaluations: list[Evaluation] = []
+    entries: list[results.Entry] = []
+    for task in tasks:
+        evaluations.append(evaluate(task, subject, options, records))
+        entries.append(results.entry(evaluations[-1], {**shared, **_selection(options)}))
+    if output is not None:
+        results.write(output, entries)
+    scorecard.show(entries)
+    if report is None:
+        return None
+    from evals.report import write
+
+    return write(report, entries, evaluations)
+
+
+def _selection(options: Options) -> dict[str, object]:
+    """Which rows were asked."""
+    return {"split": options.split, "limit": options.limit}

@@ -1,0 +1,239 @@
+"""Scores over per-sample statistics, and their confidence intervals.
+
+Axes: N samples, G groups (samples that share an image, a speaker or a context), R resamples.
+
+A metric is a pure function of per-sample columns (`Columns`: name -> float array [N]) and of
+non-negative weights [R, N]; the plain score is the metric under weights of one. An interval comes
+from the weighted bootstrap: a resample of G groups with replacement is a multinomial count per
+group, and the metric is evaluated under these counts (Efron 1979; for clustered data Field and
+Welsh 2007). A ratio such as the word error rate is resampled as a whole (sum of errors over sum of
+words), never as a mean of per-sample ratios.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Columns = Mapping[str, Floats]
+Metric = Callable[[Columns, Floats], Floats]
+
+RESAMPLES = 5000
+CALIBRATION_BINS = 15
+_CHUNK_CELLS = 4_000_000  # 32 MB of float64 weights at a time
+
+
+def _ratio(numerator: str, denominator: str | None = None) -> Metric:
+    """Sum of one column over the sum of another (or over the number of samples)."""
+
+    def metric(columns: Columns, weights: Floats) -> Floats:
+        top = weights @ columns[numerator]
+        bottom = weights @ columns[denominator] if denominator else weights.sum(axis=1)
+        return _divide(top, bottom)
+
+    return metric
+
+
+def _divide(top: Floats, bottom: Floats) -> Floats:
+    """top / bottom, NaN where nothing is counted."""
+    return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
+
+
+def perplexity(columns: Columns, weights: Floats) -> Floats:
+    """exp of the negative log-likelihood per token, tokens pooled over the samples."""
+    return np.exp(-_ratio("logprob", "tokens")(columns, weights))
+
+
+def f1(columns: Columns, weights: Floats) -> Floats:
+    """F1 of the unsafe class at the model's own decision."""
+    label, said = columns["label"], columns["unsafe"]
+    return _divide(2 * (weights @ (label * said)), weights @ label + weights @ said)
+
+
+def false_positive_rate(columns: Columns, weights: Floats) -> Floats:
+    """Share of the safe samples that were called unsafe."""
+    safe = 1 - columns["label"]
+    return _divide(weights @ (safe * columns["unsafe"]), weights @ safe)
+
+
+def _ranked(columns: Columns, weights: Floats) -> tuple[Floats, Floats]:
+    """Cumulated weight of unsafe and safe samples, by falling score, at the end of each tie [R, T]."""
+    score, label = columns["probability"], columns["label"]
+    order = np.argsort(-score, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
+    ordered = weights[:, order]
+    positive = np.cumsum(ordered * label[order], axis=1)[:, ends]
+    negative = np.cumsum(ordered * (1 - label[order]), axis=1)[:, ends]
+    return positive, negative
+
+
+def average_precision(columns: Columns, weights: Floats) -> Floats:
+    """Area under the precision-recall curve as sum of precision x step of recall (no interpolation)."""
+    positive, negative = _ranked(columns, weights)
+    precision = np.divide(
+        positive, positive + negative, out=np.zeros_like(positive), where=positive + negative > 0
+    )
+    steps = np.diff(positive, axis=1, prepend=0.0)
+    return _divide((precision * steps).sum(axis=1), positive[:, -1])
+
+
+def area_under_roc(columns: Columns, weights: Floats) -> Floats:
+    """Probability that an unsafe sample outranks a safe one, ties counted half."""
+    positive, negative = _ranked(columns, weights)
+    height = positive + np.concatenate([np.zeros((len(positive), 1)), positive[:, :-1]], axis=1)
+    area = (height * np.diff(negative, axis=1, prepend=0.0)).sum(axis=1) / 2
+    return _divide(area, positive[:, -1] * negative[:, -1])
+
+
+def calibration_error(columns: Columns, weights: Floats) -> Floats:
+    """Expected calibration error of P(unsafe): equal-width bins, weighted by their share (Guo 2017)."""
+    score, label = columns["probability"], columns["label"]
+    which = np.minimum((score * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gap = np.zeros((len(score), CALIBRATION_BINS))
+    gap[np.arange(len(score)), which] = label - score
+    return _divide(np.abs(weights @ gap).sum(axis=1), weights.sum(axis=1))
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": _ratio("correct"),
+    "exact_match": _ratio("correct"),
+    "wer": _ratio("word_errors", "words"),
+    "cer": _ratio("character_errors", "characters"),
+    "perplexity": perplexity,
+    "auprc": average_precision,
+    "auroc": area_under_roc,
+    "f1": f1,
+    "fpr": false_positive_rate,
+    "ece": calibration_error,
+}
+LOWER_IS_BETTER = frozenset({"wer", "cer", "perplexity", "fpr", "ece"})
+# Sums over a group are enough for these, so a resample costs G and not N.
+_SUMS = frozenset({"accuracy", "exact_match", "wer", "cer", "perplexity", "f1", "fpr"})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_json(self) -> dict[str, object]:
+        return {"value": self.value, "ci95": [self.low, self.high]}
+
+
+def columns_of(rows: Sequence[Mapping[str, float]]) -> dict[str, Floats]:
+    """Per-sample statistics as float64 columns [N]; every row must have the same names."""
+    return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
+
+
+def _weights(groups: int, resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
+    """Multinomial counts [chunk, G] of `groups` draws with replacement."""
+    chunk = max(1, _CHUNK_CELLS // groups)
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        drawn = rng.integers(0, groups, size=(size, groups)) + groups * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * groups).reshape(size, groups).astype(np.float64)
+
+
+def estimate(
+    names: Sequence[str],
+    rows: Sequence[Mapping[str, float]],
+    groups: Sequence[str],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> dict[str, Estimate]:
+    """Scores with percentile-bootstrap 95 % intervals, resampling whole groups.
+
+    With a single group there is nothing to resample but rows; the interval then says how sure the
+    score is for that group only. A metric that the sample leaves undefined (no unsafe row) is NaN.
+    """
+    columns = columns_of(rows)
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    if index.max() == 0:
+        index = np.arange(len(rows))
+    count = int(index.max()) + 1
+    ones = np.ones((1, len(rows)))
+    values = {name: float(METRICS[name](columns, ones)[0]) for name in names}
+    draws: dict[str, list[Floats]] = {name: [] for name in names}
+    summed = _per_group_sums(columns, index, count)
+    rng = np.random.default_rng(seed)
+    for weights in _weights(count, resamples, rng):
+        for name in names:
+            draws[name].append(_resampled(name, columns, summed, index, weights))
+    result = {}
+    for name in names:
+        low, high = _percentiles(np.concatenate(draws[name]))
+        if low == high and name in ("accuracy", "exact_match", "fpr", "f1"):
+            low, high = _all_equal(values[name], count)
+        result[name] = Estimate(values[name], low, high)
+    return result
+
+
+def _per_group_sums(columns: Columns, index: NDArray[np.int64], count: int) -> dict[str, Floats]:
+    """Columns [G] whose weighted sums equal those over the rows, products of columns included."""
+    wide = dict(columns)
+    if "unsafe" in columns:
+        wide["hit"] = columns["label"] * columns["unsafe"]
+        wide["false_alarm"] = (1 - columns["label"]) * columns["unsafe"]
+        wide["safe"] = 1 - columns["label"]
+    wide["one"] = np.ones(len(index))
+    return {
+        name: np.bincount(index, weights=column, minlength=count).astype(np.float64)
+        for name, column in wide.items()
+    }
+
+
+def _resampled(
+    name: str, columns: Columns, summed: Columns, index: NDArray[np.int64], weights: Floats
+) -> Floats:
+    """The metric under group weights [R, G]."""
+    if name in ("accuracy", "exact_match"):
+        return _ratio("correct", "one")(summed, weights)
+    if name == "f1":
+        return _divide(2 * (weights @ summed["hit"]), weights @ summed["label"] + weights @ summed["unsafe"])
+    if name == "fpr":
+        return _ratio("false_alarm", "safe")(summed, weights)
+    if name in _SUMS:
+        return METRICS[name](summed, weights)
+    step = max(1, _CHUNK_CELLS // len(index))
+    parts = [METRICS[name](columns, weights[i : i + step, index]) for i in range(0, len(weights), step)]
+    return np.concatenate(parts)
+
+
+def _percentiles(draws: Floats) -> tuple[float, float]:
+    defined = draws[~np.isnan(draws)]
+    if not len(defined):
+        return float("nan"), float("nan")
+    low, high = np.quantile(defined, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _all_equal(value: float, count: int) -> tuple[float, float]:
+    """Exact binomial bound where every group agrees, since resampling then sees no spread at all."""
+    margin = 1 - 0.025 ** (1 / count)
+    if value == 1.0:
+        return 1 - margin, 1.0
+    return (0.0, margin) if value == 0.0 else (value, value)
+
+
+def edits(truth: Sequence[str], said: Sequence[str]) -> int:
+    """Levenshtein distance: fewest substitutions, deletions and insertions from `truth` to `said`."""
+    row = list(range(len(said) + 1))
+    for i, wanted in enumerate(truth, start=1):
+        diagonal, row[0] = row[0], i
+        for j, got in enumerate(said, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (wanted != got))
+    return row[-1]
+
+
+def no_evidence(name: str, score: Estimate, control: Estimate) -> bool:
+    """Whether a score lies within its control's interval, or on the wrong side of it."""
+    if np.isnan(score.value) or np.isnan(control.value):
+        return False
+    if name in LOWER_IS_BETTER:
+        return score.value >= control.low
+    return score.value <= control.high
