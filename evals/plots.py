@@ -72,7 +72,7 @@ def overview(entries: Sequence[Entry]) -> str:
             is_control = control["role"] == "control"
             axes.plot(other["ci95"], [y, y], color="#c3c9d4", linewidth=5, solid_capstyle="round", zorder=2)
             axes.plot(
-                other["value"], y, marker="D" if is_control else "o", markersize=6, zorder=3, linestyle="none",
+                other["value"], y, marker="D" if is_control else "o", markersize=6, zorder=3, ls="none",
                 markerfacecolor=MUTED if is_control else "white", markeredgecolor=MUTED, markeredgewidth=1.4,
             )  # fmt: skip
         axes.plot(estimate["ci95"], [y, y], color=color, linewidth=2.4, solid_capstyle="round", zorder=4)

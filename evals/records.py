@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import IO, Self
 
 from core_llm.errors import UserError
-
 from evals.digests import conversation_digest
 from evals.tasks.base import Output, Sample, Task
 

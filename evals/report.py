@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from core_llm.chat import Audio, Image, Text
 
+from core_llm.chat import Audio, Image, Text
 from evals import plots, scorecard
 from evals.results import Entry, write_text
 from evals.runner import Evaluation
@@ -153,7 +153,8 @@ def _comparisons(entry: Entry) -> str:
         body.append(
             f'<tr class="{role}"><td>{html.escape(name)}</td><td>{role}</td><td>{n:,}</td>{cells}</tr>'
         )
-    return f"<table class=compare><thead><tr><th></th><th></th><th>rows</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    head = f"<thead><tr><th></th><th></th><th>rows</th>{head}</tr></thead>"
+    return f"<table class=compare>{head}<tbody>{''.join(body)}</tbody></table>"
 
 
 def _with_interval(metric: str, estimate: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core_llm.errors import CheckpointError, UserError
-
 from evals import cards
 from evals.results import write_text
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core_llm.errors import UserError
-
 from evals import provenance, results, scorecard
 from evals.models import Subject
 from evals.runner import Evaluation, evaluate

@@ -10,7 +10,6 @@ from typing import Any
 
 from core_llm.chat import Audio, Image, Text
 from core_llm.errors import DataError
-
 from evals import records, stats
 from evals.digests import conversation_digest
 from evals.models import Subject
@@ -239,8 +238,8 @@ def _bit_equal(subject: Subject, samples: Sequence[Sample]) -> list[Output]:
     adapters. The bare core therefore gets the token ids of the whole batch, placeholders included.
     """
     import torch
-    from core_llm.generate import Request, hidden_states
 
+    from core_llm.generate import Request, hidden_states
     from evals.tasks.regression import companions
 
     outputs: dict[int, Output] = {}

@@ -41,7 +41,6 @@ def _digits() -> list[dict[str, Any]]:
 
 def _questions() -> list[dict[str, Any]]:
     from core_llm.data.scenes import questions
-
     from evals.tasks.vision import bundled_scene
 
     rows = []
@@ -57,6 +56,7 @@ def _clip(name: str, text: str, rng: random.Random) -> dict[str, Any]:
     """Speak `text` in a held-out voice and write it."""
     import soundfile
     import soxr
+
     from speech_adapter.synthesis import HELD_OUT_VOICES, speak
 
     voice = rng.choice(HELD_OUT_VOICES)

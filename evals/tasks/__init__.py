@@ -1,7 +1,6 @@
 """The tasks of the harness. A new one is a `Task` in one of these modules, listed here."""
 
 from core_llm.errors import UserError
-
 from evals.tasks.base import Control, Options, Output, Sample, Task
 
 

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 from core_llm.chat import Message, Part
-
 from evals.digests import part_digest
 from evals.tasks.base import Control, Options, Output, Sample
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from core_llm.errors import DataError
-
 from evals.tasks.base import Options
 
 

@@ -4,7 +4,6 @@ import random
 from collections.abc import Sequence
 
 from core_llm.chat import Audio, Image, Message, Part, Text
-
 from evals.tasks import data, scoring
 from evals.tasks.base import Options, Sample, Task
 

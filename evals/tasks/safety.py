@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from core_llm.chat import Message
 
+from core_llm.chat import Message
 from evals.tasks import data, scoring
 from evals.tasks.base import Control, Options, Output, Sample, Task
 from evals.tasks.controls import BASE_RATE

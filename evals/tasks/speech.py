@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from core_llm.chat import Audio, Image, Message, Text
-
 from evals.tasks import data, scoring
 from evals.tasks.base import Control, Options, Sample, Task
 from evals.tasks.controls import MAJORITY, shuffled, with_messages

@@ -5,7 +5,6 @@ import random
 from collections.abc import Sequence
 
 from core_llm.chat import Message
-
 from evals.tasks import data, scoring
 from evals.tasks.base import Control, Options, Output, Sample, Task
 from evals.tasks.controls import MAJORITY, with_messages

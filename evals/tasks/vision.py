@@ -5,7 +5,6 @@ from functools import cache
 from typing import Any
 
 from core_llm.chat import Image, Message, Text
-
 from evals.tasks import data, scoring
 from evals.tasks.base import Options, Sample, Task
 from evals.tasks.controls import MAJORITY, shuffled

@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import soundfile
+
 from core_llm.chat import Message
 
 
