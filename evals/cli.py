@@ -1,7 +1,9 @@
 """`evals`: measure a model, print the scorecard, write the report."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from core_llm import cli_tools
 
@@ -9,7 +11,7 @@ QUICKSTART = ("text-qa", "text-regression", "scenes", "spoken-digits", "spoken-s
 
 
 def run(
-    tasks: cli_tools.Positional[list[str]],
+    tasks: Annotated[list[str], tyro.conf.Positional],
     model: str = "nano",
     data_root: Path | None = None,
     split: Literal["train", "dev", "all"] = "dev",

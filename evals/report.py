@@ -40,7 +40,7 @@ def page(entries: Sequence[Entry], evaluations: Sequence[Evaluation]) -> str:
     fields = {
         "SUBTITLE": _subtitle(entries),
         "SUMMARY": _summary(entries),
-        "SCORECARD": _table(entries),
+        "SCORECARD": table(entries),
         "OVERVIEW": plots.overview(entries),
         "DETAILS": "".join(_detail(e, v) for e, v in zip(entries, evaluations, strict=True)),
         "PROVENANCE": _provenance(entries),
@@ -90,7 +90,8 @@ def _summary(entries: Sequence[Entry]) -> str:
     return "".join(tiles)
 
 
-def _table(entries: Sequence[Entry]) -> str:
+def table(entries: Sequence[Entry]) -> str:
+    """The scorecard as an HTML table."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in scorecard.COLUMNS)
     body, section = [], ""
     for row in scorecard.rows(entries):

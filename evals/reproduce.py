@@ -24,7 +24,8 @@ DATASET_TASKS = (
     "guard-diasafety",
     "guard-openai-moderation",
 )
-_FILES = ("tokenizer.json", "model.safetensors", "config.json")
+# config.json last: without it a folder holds no model.
+_FILES = ("tokenizer.json", "guard.json", "model.safetensors", "config.json")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,102 @@
+"""What the user typed, dropped and recorded, as messages; and the answer, watched by the guard."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core_llm.chat import Audio, Image, Message, Part, Text
+from core_llm.errors import MediaError, UserError
+
+if TYPE_CHECKING:
+    from core_llm.adapters import Assistant
+    from guard import Guard, Verdict
+
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+SOUNDS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".webm"})
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One step of an answer: the text so far, and what the guard said (None: it did not look).
+
+    withheld: the guard put its refusal in place of an answer.
+    """
+
+    text: str
+    input_verdict: "Verdict | None" = None
+    output_verdict: "Verdict | None" = None
+    withheld: bool = False
+
+
+def user_message(text: str, files: Sequence[str]) -> Message:
+    """Images first, then sound, then text: the order that adapters are trained on.
+
+    Raises `MediaError` for a file that is neither image nor sound, `UserError` for nothing at all.
+    """
+    images: list[Part] = []
+    sounds: list[Part] = []
+    for name in files:
+        suffix = Path(name).suffix.lower()
+        if suffix in IMAGES:
+            images.append(Image(name))
+        elif suffix in SOUNDS:
+            sounds.append(Audio(name))
+        else:
+            raise MediaError(f"{Path(name).name}: neither an image nor a sound this model can take")
+    parts = [*images, *sounds, *([Text(text.strip())] if text.strip() else [])]
+    if not parts:
+        raise UserError("type something, add an image, or record your voice")
+    return Message("user", parts)
+
+
+def answer(
+    assistant: "Assistant",
+    guard: "Guard | None",
+    conversation: Sequence[Message],
+    on: frozenset[str],
+    max_new_tokens: int = 64,
+) -> Iterator[Turn]:
+    """Stream the answer; the guard reads the question ("input" in `on`), the answer ("output") or both."""
+    from core_llm.sampling import Sampling
+
+    settings = Sampling(max_new_tokens=max_new_tokens)
+    if guard is None or not on:
+        yield from _streamed(assistant.stream(conversation, settings))
+        return
+    from guard import GuardedAssistant
+
+    guarded = GuardedAssistant(assistant, guard, on=set(on))
+    text = ""
+    for turn in _streamed(guarded.stream(conversation, settings)):
+        text = turn.text
+        yield turn
+    heard = guarded.as_text(conversation)
+    asked = verdict(guard, heard) if "input" in on else None
+    if text.endswith(guarded.refusal):
+        yield Turn(text, asked, withheld=True)
+        return
+    yield Turn(text, asked, verdict(guard, [*heard, Message("assistant", text)]) if "output" in on else None)
+
+
+def verdict(guard: "Guard", conversation: Sequence[Message]) -> "Verdict | None":
+    """The guard's verdict, None where there is no text for it to read."""
+    if not conversation or not conversation[-1].text.strip():
+        return None
+    return guard.classify([conversation])[0]
+
+
+def _streamed(pieces: Iterator[Any]) -> Iterator[Turn]:
+    text = ""
+    for piece in pieces:
+        text += piece
+        yield Turn(text)
+
+
+def transcribe(assistant: "Assistant", path: str) -> str:
+    """The words in a sound file, by the recognition prompt of the nano core."""
+    from core_llm.data.phrases import REPEAT_PROMPT
+    from core_llm.sampling import Sampling
+
+    message = Message("user", (Text(REPEAT_PROMPT), Audio(path)))
+    return assistant.generate([[message]], Sampling(max_new_tokens=64))[0]
