@@ -1,0 +1,127 @@
+"""Augmentation of training speech: other voices, rooms, microphones and telephone lines.
+
+Waveforms are float32 mono at 16 kHz [N]; every function takes its random generator and returns a new array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from speech_adapter.audio import SAMPLE_RATE
+
+Waveform = np.ndarray
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How hard to augment; the probabilities are per clip."""
+
+    speed: tuple[float, float] = (0.78, 1.28)  # resampling: moves tempo, pitch and formants together
+    equaliser_db: float = 9.0  # largest gain of the random equaliser, either way
+    telephone: float = 0.5  # probability of cutting everything above about 4 kHz
+    reverberation: float = 0.25
+    noise: float = 0.7
+    noise_snr_db: tuple[float, float] = (6.0, 45.0)
+    silence_ms: tuple[float, float] = (0.0, 350.0)  # added at each end
+    frequency_masks: int = 2
+    frequency_width: int = 14  # mel bands
+    time_masks: int = 2
+    time_width: float = 0.08  # of the clip
+
+
+def change_speed(samples: Waveform, factor: float) -> Waveform:
+    """Play `factor` times faster: pitch and formants rise with it, as with a shorter vocal tract."""
+    n = max(int(len(samples) / factor), 1)
+    return np.interp(np.arange(n) * factor, np.arange(len(samples)), samples).astype(np.float32)
+
+
+def colour(samples: Waveform, rng: np.random.Generator, settings: Augmentation) -> Waveform:
+    """Random equaliser (a microphone) and, with `telephone`, a random band limit near 4 kHz."""
+    n = 1 << int(np.ceil(np.log2(max(len(samples), 2))))
+    spectrum = np.fft.rfft(samples, n)
+    hz = np.fft.rfftfreq(n, 1.0 / SAMPLE_RATE)
+    knots = np.array([0.0, 200.0, 500.0, 1000.0, 2000.0, 3500.0, 8000.0])
+    decibels = rng.uniform(-settings.equaliser_db, settings.equaliser_db, len(knots))
+    gain = 10.0 ** (np.interp(hz, knots, decibels) / 20.0)
+    if rng.random() < settings.telephone:
+        gain[hz > rng.uniform(3300.0, 4000.0)] = 0.0
+        if rng.random() < 0.3:
+            gain[hz < rng.uniform(50.0, 300.0)] *= 0.1
+    return np.fft.irfft(spectrum * gain, n)[: len(samples)].astype(np.float32)
+
+
+def reverberate(samples: Waveform, rng: np.random.Generator) -> Waveform:
+    """Convolve with a synthetic room: the direct sound and exponentially decaying noise of 50 to 350 ms."""
+    n = int(SAMPLE_RATE * rng.uniform(0.05, 0.35))
+    room = rng.standard_normal(n) * np.exp(-6.9 * np.arange(n) / n)
+    room *= rng.uniform(0.1, 0.7) / np.sqrt(np.sum(room**2))
+    room[0] = 1.0
+    size = 1 << int(np.ceil(np.log2(len(samples) + n)))
+    wet = np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(room, size), size)
+    return wet[: len(samples)].astype(np.float32)
+
+
+def coloured_noise(n: int, rng: np.random.Generator) -> Waveform:
+    """Noise with a power spectrum of 1/f^a, a from 0 (white) to 2 (brown), unit power, float32 [n]."""
+    size = 1 << int(np.ceil(np.log2(max(n, 2))))
+    spectrum = np.fft.rfft(rng.standard_normal(size))
+    spectrum *= np.maximum(np.arange(len(spectrum)), 1.0) ** (-rng.uniform(0.0, 1.0))
+    noise = np.fft.irfft(spectrum, size)[:n]
+    return (noise / (noise.std() + 1e-12)).astype(np.float32)
+
+
+def add_noise(samples: Waveform, rng: np.random.Generator, settings: Augmentation) -> Waveform:
+    """Add coloured noise at a random signal-to-noise ratio in dB."""
+    level = np.sqrt(np.mean(samples**2)) * 10.0 ** (-rng.uniform(*settings.noise_snr_db) / 20.0)
+    return samples + level * coloured_noise(len(samples), rng)
+
+
+def augment(
+    samples: Waveform, rng: np.random.Generator, settings: Augmentation
+) -> tuple[Waveform, Callable[[np.ndarray], np.ndarray]]:
+    """All waveform augmentations in the order in which sound meets them: voice, room, microphone, gain.
+
+    Also returns where a time of the original (seconds) lies in the new clip.
+    """
+    factor = float(np.exp(rng.uniform(*np.log(settings.speed))))
+    samples = change_speed(samples, factor)
+    before, after = (rng.uniform(*settings.silence_ms, size=2) * SAMPLE_RATE / 1000).astype(int)
+    samples = np.pad(samples, (before, after))
+    if rng.random() < settings.reverberation:
+        samples = reverberate(samples, rng)
+    if rng.random() < settings.noise:
+        samples = add_noise(samples, rng, settings)
+    samples = colour(samples, rng, settings)
+    gain = np.float32(10.0 ** (rng.uniform(-24.0, 0.0) / 20.0))
+    return samples * gain, lambda seconds: seconds / factor + before / SAMPLE_RATE
+
+
+def join(clips: list[Waveform], rng: np.random.Generator) -> Waveform:
+    """Say clips one after another with pauses of 20 to 300 ms, each at its own level (0 to -8 dB)."""
+    parts: list[Waveform] = []
+    for clip in clips:
+        level = np.float32(10.0 ** (rng.uniform(-8.0, 0.0) / 20.0) / (np.abs(clip).max() + 1e-6))
+        parts += [clip * level, np.zeros(int(rng.uniform(0.02, 0.3) * SAMPLE_RATE), dtype=np.float32)]
+    return np.concatenate(parts[:-1])
+
+
+def mask_features(
+    log_mel: Tensor, frames: Tensor, rng: np.random.Generator, settings: Augmentation
+) -> Tensor:
+    """SpecAugment (arXiv 1904.08779) on features [P, F, 80] with `frames` [P] real ones; a new tensor."""
+    masked = log_mel.clone()
+    for clip, n in zip(masked, frames.tolist(), strict=True):
+        fill = clip[:n].mean()
+        for _ in range(settings.frequency_masks):
+            width = int(rng.integers(0, settings.frequency_width + 1))
+            start = int(rng.integers(0, clip.shape[1] - width + 1))
+            clip[:n, start : start + width] = fill
+        for _ in range(settings.time_masks):
+            width = int(rng.integers(0, int(n * settings.time_width) + 1))
+            start = int(rng.integers(0, n - width + 1))
+            clip[start : start + width] = fill
+    return masked

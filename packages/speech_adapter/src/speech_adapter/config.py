@@ -1,0 +1,64 @@
+"""Sizes of the speech encoder and its adapter."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from core_llm.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class SpeechConfig:
+    """Everything that decides the parameter shapes and the number of tokens per second.
+
+    Defaults are the nano family's; PRESETS holds the paper's sizes (arXiv 2407.21783, section 8).
+    """
+
+    core_dim: int
+    dim: int = 144  # width of the Conformer
+    n_layers: int = 4
+    n_heads: int = 3
+    ffn_dim: int = 384  # each of the two Macaron feed-forwards
+    kernel: int = 7  # depthwise convolution, in stacked frames
+    stack: int = 4  # feature frames per encoder frame: 40 ms
+    adapter_dim: int = 192
+    adapter_heads: int = 6
+    adapter_ffn_dim: int = 384
+    output_scale: float = 1.0  # standard deviation of the core's embeddings: the outputs stand among them
+    rope_theta: float = 10_000.0
+    dropout: float = 0.0  # while training only
+    range_decades: float = 6.0  # dynamic range of the features below the clip's loudest band
+    edge_ms: int = 160  # silence added at both ends, so that the shortest word has room for its tokens
+    max_seconds: float = 60.0  # longer clips are refused
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_heads or self.adapter_dim % self.adapter_heads:
+            raise ValueError("dim must be a multiple of n_heads, adapter_dim of adapter_heads")
+        if self.kernel % 2 == 0:
+            raise ValueError("kernel must be odd, or the convolution shifts its input")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for config.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config.json") -> SpeechConfig:
+        """Inverse of `to_dict`; CheckpointError names a missing, unknown or impossible value."""
+        known = {field.name for field in fields(cls)}
+        unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+        if unknown or missing:
+            raise CheckpointError(f"{where}: unknown keys {unknown}, missing keys {missing}")
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{where}: {error}") from None
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {},
+    "llama-3": {
+        "dim": 1536, "n_layers": 24, "n_heads": 24, "ffn_dim": 4096,
+        "adapter_dim": 3072, "adapter_heads": 24, "adapter_ffn_dim": 4096,
+    },
+}  # fmt: skip

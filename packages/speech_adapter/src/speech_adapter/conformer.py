@@ -1,0 +1,112 @@
+"""A rotary Conformer (arXiv 2005.08100, as sized in arXiv 2407.21783) whose padding cannot leak.
+
+Axes: B clips, F feature frames (10 ms), S encoder frames (40 ms), C width, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core_llm.kernels import Mask, attend
+from core_llm.rope import apply_rotations
+from speech_adapter.config import SpeechConfig
+
+
+class MacaronFeedForward(nn.Module):
+    """Pre-norm feed-forward; two of them with half weight enclose attention and convolution."""
+
+    def __init__(self, dim: int, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, ffn_dim)
+        self.down = nn.Linear(ffn_dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, C] → [B, S, C]."""
+        return self.dropout(self.down(self.dropout(F.silu(self.up(self.norm(x))))))
+
+
+class RotaryAttention(nn.Module):
+    """Pre-norm self-attention over the real frames of a clip, rotary positions."""
+
+    def __init__(self, dim: int, n_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.head_dim = dim // n_heads
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor) -> Tensor:
+        """x [B, S, C], real [B, S] bool → [B, S, C]."""
+        b, s, c = x.shape
+        heads = self.qkv(self.norm(x)).view(b, s, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = heads.unbind(0)
+        q, k = apply_rotations(q, *rotation), apply_rotations(k, *rotation)
+        mixed = attend(q, k, v, Mask.keys(real))
+        return self.dropout(self.out(mixed.transpose(1, 2).reshape(b, s, c)))
+
+
+class Convolution(nn.Module):
+    """Gated pointwise, depthwise and pointwise convolution over time.
+
+    LayerNorm stands where the paper has BatchNorm, whose statistics would tie a clip to its neighbours.
+    """
+
+    def __init__(self, dim: int, kernel: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.gated = nn.Linear(dim, 2 * dim)
+        self.depthwise = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.inner_norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """x [B, S, C], real [B, S] bool → [B, S, C]."""
+        gated = F.glu(self.gated(self.norm(x)), dim=-1)
+        # Before the convolution: it would carry padding into the last real frames.
+        gated = gated.masked_fill(~real[..., None], 0.0)
+        mixed = self.depthwise(gated.transpose(1, 2)).transpose(1, 2)
+        return self.dropout(self.out(F.silu(self.inner_norm(mixed))))
+
+
+class ConformerLayer(nn.Module):
+    """Half feed-forward, attention, convolution, half feed-forward, norm."""
+
+    def __init__(self, config: SpeechConfig) -> None:
+        super().__init__()
+        self.first = MacaronFeedForward(config.dim, config.ffn_dim, config.dropout)
+        self.attention = RotaryAttention(config.dim, config.n_heads, config.dropout)
+        self.convolution = Convolution(config.dim, config.kernel, config.dropout)
+        self.second = MacaronFeedForward(config.dim, config.ffn_dim, config.dropout)
+        self.norm = nn.LayerNorm(config.dim)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor) -> Tensor:
+        """x [B, S, C], real [B, S] bool → [B, S, C]."""
+        x = x + 0.5 * self.first(x)
+        x = x + self.attention(x, rotation, real)
+        x = x + self.convolution(x, real)
+        x = x + 0.5 * self.second(x)
+        return self.norm(x)
+
+
+class Conformer(nn.Module):
+    """Stacks `config.stack` feature frames into one of 40 ms and encodes them."""
+
+    def __init__(self, config: SpeechConfig, n_mels: int) -> None:
+        super().__init__()
+        self.stack = config.stack
+        self.project = nn.Linear(n_mels * config.stack, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(config.n_layers))
+
+    def forward(self, features: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor) -> Tensor:
+        """features [B, F, 80] with F = S · stack, real [B, S] bool → [B, S, C]."""
+        b, f, m = features.shape
+        x = self.dropout(self.project(features.reshape(b, f // self.stack, m * self.stack)))
+        for layer in self.layers:
+            x = layer(x, rotation, real)
+        return x

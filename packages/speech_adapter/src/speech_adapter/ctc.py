@@ -1,0 +1,105 @@
+"""CTC over the core's own vocabulary, through its frozen embedding matrix.
+
+Axes: P clips, T adapter frames (80 ms), C core width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FRAME_SECONDS = 0.04  # of an encoder frame
+_NO_LABEL = -100
+_MARGIN = 12.0  # nats between a frame's own token and a typical other one when it lies on its embedding
+
+
+class EmbeddingCTC(nn.Module):
+    """Scores a frame x against token v by -sharpness · ½|x - e_v|², and against one learned blank vector.
+
+    The nearer an adapter output lies to the embedding of what is said, the likelier: the loss pulls the
+    outputs to where the frozen core already reads them as text. Only the blank vector is trained.
+    """
+
+    table: Tensor
+    half_norms: Tensor
+
+    def __init__(self, embeddings: Tensor) -> None:
+        super().__init__()
+        table = embeddings.detach().float()
+        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("half_norms", 0.5 * table.square().sum(-1), persistent=False)
+        # Half the mean squared distance of two embeddings is their total variance.
+        self.sharpness = _MARGIN / float(table.var(dim=0).sum().clamp(min=1e-12))
+        self.scale = float(table.std())
+        self.offset = nn.Parameter(torch.zeros(table.shape[1]))
+
+    @property
+    def blank(self) -> Tensor:
+        """The blank vector [C], in units that the optimizer's step size suits."""
+        return self.offset * self.scale
+
+    @property
+    def blank_id(self) -> int:
+        """The blank's index, one past the vocabulary."""
+        return self.table.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [P, T, C] → log-probabilities fp32 [P, T, V + 1]."""
+        tokens = (x @ self.table.T).float() - self.half_norms
+        blank = (x.float() * self.blank).sum(-1, keepdim=True) - 0.5 * self.blank.square().sum()
+        return (self.sharpness * torch.cat((tokens, blank), dim=-1)).log_softmax(dim=-1)
+
+    def loss(self, x: Tensor, lengths: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
+        """Mean CTC loss in nats per target token; clips too short for their text count as zero."""
+        return _ctc(self(x), lengths, targets, self.blank_id)
+
+    def decode(self, x: Tensor, lengths: Tensor) -> list[list[int]]:
+        """Greedy decoding: the best token of each frame, repeats merged, blanks dropped."""
+        best = self(x).argmax(dim=-1)
+        rows = []
+        for row, length in zip(best, lengths.tolist(), strict=True):
+            merged = torch.unique_consecutive(row[:length]).tolist()
+            rows.append([token for token in merged if token != self.blank_id])
+        return rows
+
+
+class PhonemeHead(nn.Module):
+    """Names the phoneme of each 40 ms encoder frame; a scaffold for training, thrown away after it.
+
+    espeak says when each phoneme begins, so synthetic clips need no alignment. The encoder learns to hear
+    within a few hundred steps where CTC alone would still be looking for where the words are.
+    """
+
+    def __init__(self, dim: int, inventory: Sequence[str]) -> None:
+        super().__init__()
+        self.index = {name: i for i, name in enumerate(inventory)}
+        self.out = nn.Linear(dim, len(inventory))
+
+    def labels(self, starts: np.ndarray, phonemes: np.ndarray, n_frames: int, offset: float) -> list[int]:
+        """The phoneme in the middle of each frame; `offset` seconds of silence stand before time zero."""
+        middles = (np.arange(n_frames) + 0.5) * FRAME_SECONDS - offset
+        current = np.searchsorted(starts, middles, side="right") - 1
+        return [self.index[str(phonemes[i])] if i >= 0 else self.index["_"] for i in current]
+
+    def loss(self, hidden: Tensor, labels: Sequence[Sequence[int] | None]) -> Tensor:
+        """Mean cross-entropy over the frames of the clips [P, S, C'] that have labels; nats per frame."""
+        target = torch.full(hidden.shape[:2], _NO_LABEL)
+        for row, known in zip(target, labels, strict=True):
+            if known is not None:
+                row[: len(known)] = torch.tensor(known)
+        scores = self.out(hidden).float()
+        total = F.cross_entropy(
+            scores.flatten(0, 1), target.flatten().to(scores.device), ignore_index=_NO_LABEL, reduction="sum"
+        )
+        return total / max(1, int((target != _NO_LABEL).sum()))
+
+
+def _ctc(log_probs: Tensor, lengths: Tensor, targets: Sequence[Sequence[int]], blank: int) -> Tensor:
+    device = log_probs.device
+    flat = torch.tensor([token for target in targets for token in target], device=device)
+    sizes = torch.tensor([len(target) for target in targets], device=device)
+    return F.ctc_loss(log_probs.transpose(0, 1), flat, lengths, sizes, blank=blank, zero_infinity=True)

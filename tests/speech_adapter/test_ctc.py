@@ -1,0 +1,66 @@
+import numpy as np
+import torch
+
+from speech_adapter.ctc import EmbeddingCTC, PhonemeHead
+
+
+def test_a_vector_on_an_embedding_is_read_as_that_token() -> None:
+    torch.manual_seed(0)
+    table = torch.randn(50, 16)
+    ctc = EmbeddingCTC(table)
+    blank = ctc.blank.detach()
+    frames = torch.stack([table[7], table[7], blank, table[7], table[3], blank])[None]
+    assert ctc.decode(frames, torch.tensor([6])) == [[7, 7, 3]]
+    assert ctc.decode(frames, torch.tensor([2])) == [[7]]
+
+
+def test_loss_is_small_for_the_right_text_and_large_for_another() -> None:
+    torch.manual_seed(0)
+    table = torch.randn(50, 16)
+    ctc = EmbeddingCTC(table)
+    frames = torch.stack([table[7], ctc.blank.detach(), table[3]])[None]
+    right = ctc.loss(frames, torch.tensor([3]), [[7, 3]])
+    assert right < 0.5 < 2 < ctc.loss(frames, torch.tensor([3]), [[3, 7]])
+
+
+def test_loss_ignores_padding() -> None:
+    torch.manual_seed(0)
+    ctc = EmbeddingCTC(torch.randn(20, 8))
+    frames = torch.randn(2, 9, 8)
+    lengths, targets = torch.tensor([9, 5]), [[1, 2, 3], [4]]
+    changed = frames.clone()
+    changed[1, 5:] = 100.0
+    torch.testing.assert_close(ctc.loss(frames, lengths, targets), ctc.loss(changed, lengths, targets))
+
+
+def test_the_gradient_pulls_outputs_towards_the_embedding() -> None:
+    torch.manual_seed(0)
+    table = torch.randn(30, 8)
+    ctc = EmbeddingCTC(table)
+    frames = torch.zeros(1, 4, 8, requires_grad=True)
+    before = None
+    for _ in range(60):
+        ctc.loss(frames, torch.tensor([4]), [[5, 9]]).backward()
+        assert frames.grad is not None
+        with torch.no_grad():
+            frames -= 0.1 * frames.grad
+            frames.grad = None
+        nearest = torch.cdist(frames.detach()[0], table[[5, 9]]).min(dim=0).values.sum()
+        before = nearest if before is None else before
+    assert nearest < 0.5 * before
+    assert ctc.decode(frames.detach(), torch.tensor([4])) == [[5, 9]]
+
+
+def test_phoneme_labels_follow_the_clock() -> None:
+    head = PhonemeHead(4, ["_", "a", "b"])
+    labels = head.labels(np.array([0.0, 0.08]), np.array(["a", "b"]), n_frames=6, offset=0.04)
+    assert labels == [0, 1, 1, 2, 2, 2]
+
+
+def test_clips_without_labels_cost_nothing() -> None:
+    torch.manual_seed(0)
+    head = PhonemeHead(4, ["_", "a"])
+    hidden = torch.randn(2, 3, 4)
+    both = head.loss(hidden, [[0, 1, 1], None])
+    torch.testing.assert_close(both, head.loss(hidden[:1], [[0, 1, 1]]))
+    assert head.loss(hidden, [None, None]) == 0
