@@ -1,0 +1,58 @@
+"""Gated cross-attention from text to image, as in Llama 3.2-Vision.
+
+Axes: B batch, T text positions, S memory positions, C core width, H query heads, G key/value heads,
+D head dim, P pictures.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from core_llm.config import LlamaConfig
+from core_llm.kernels import Mask, attend
+from core_llm.layers import FeedForward, RMSNorm
+
+
+class CrossAttentionBlock(nn.Module):
+    """Text reads the image memory; two scalar tanh gates, zero at first, decide how much of it.
+
+    Head counts and norm are the core's. No rotary positions: a patch's place is in its features.
+    Source: arXiv 2407.21783, section 7.3, and the released Llama 3.2-Vision checkpoints.
+    """
+
+    def __init__(self, core: LlamaConfig, ffn_dim: int) -> None:
+        super().__init__()
+        kv_dim = core.n_kv_heads * core.head_dim
+        self.head_dim = core.head_dim
+        self.attention_norm = RMSNorm(core.dim, core.norm_eps)
+        self.q_proj = nn.Linear(core.dim, core.dim, bias=False)
+        self.k_proj = nn.Linear(core.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(core.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(core.dim, core.dim, bias=False)
+        self.q_norm = RMSNorm(core.head_dim, core.norm_eps)
+        self.k_norm = RMSNorm(core.head_dim, core.norm_eps)
+        self.ffn_norm = RMSNorm(core.dim, core.norm_eps)
+        self.ffn = FeedForward(core.dim, ffn_dim)
+        self.attention_gate = nn.Parameter(torch.zeros(()))
+        self.ffn_gate = nn.Parameter(torch.zeros(()))
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory [P, S, C] → normed keys and values, each [P, G, S, D]; never repeated to H heads."""
+        return self.k_norm(self._heads(self.k_proj(memory))), self._heads(self.v_proj(memory))
+
+    def forward(
+        self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Mask, sees: Tensor | None
+    ) -> Tensor:
+        """hidden [B, T, C], keys and values [B, G, S, D] → [B, T, C].
+
+        sees: bool [B, T], or None where every position sees an image. Where it is false the hidden state
+        comes back bit for bit: neither attention nor feed-forward may touch a position without an image.
+        """
+        q = self.q_norm(self._heads(self.q_proj(self.attention_norm(hidden))))
+        read = attend(q, keys, values, mask).transpose(1, 2).flatten(2)
+        out = hidden + self.attention_gate.tanh() * self.o_proj(read)
+        out = out + self.ffn_gate.tanh() * self.ffn(self.ffn_norm(out))
+        out = out.to(hidden.dtype)
+        return out if sees is None else torch.where(sees[..., None], out, hidden)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

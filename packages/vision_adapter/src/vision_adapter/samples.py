@@ -1,0 +1,144 @@
+"""Training samples: pictures with questions, drawn or from easy-VQA, packed for one pass of the core.
+
+Axes: B pictures, T text positions.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core_llm.chat import Image, Message, Text, render
+from core_llm.data import sources
+from core_llm.data.phrases import DESCRIBE_PROMPT
+from core_llm.data.scenes import COLUMNS, ROWS, Scene, article, questions, sample_scene
+from core_llm.tokenizer import Tokenizer
+from vision_adapter.images import decode, tile
+from vision_adapter.scenes import draw
+
+Turn = tuple[str, str]  # question, answer
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A picture as a tile [3, size, size] and dialogues about it, each of one or more turns."""
+
+    tile: Tensor
+    dialogues: list[list[Turn]]
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """B pictures, each with its dialogues in one row behind a shared prefix that ends in the image rows.
+
+    tiles [B, 3, size, size]; tokens, positions, documents [B, T]; image [B, T] bool: where the adapter's rows
+    go; loss_mask [B, T] bool: the answers; starts [B]: first image position. Document 0 is the prefix.
+    """
+
+    tiles: Tensor
+    tokens: Tensor
+    positions: Tensor
+    documents: Tensor
+    image: Tensor
+    loss_mask: Tensor
+    starts: Tensor
+
+
+def easy_vqa(data_root: Path, split: str, size: int, limit: int | None = None) -> list[Sample]:
+    """easy-VQA as samples, one per picture; each question is a dialogue. Raises `DataError` without it."""
+    dialogues: dict[str, list[list[Turn]]] = {}
+    pictures: dict[str, Path | bytes] = {}
+    for row in sources.load("easy_vqa", data_root, split):
+        if row.group not in pictures and limit is not None and len(pictures) >= limit:
+            continue
+        pictures.setdefault(row.group, row.fields["image"])
+        dialogues.setdefault(row.group, []).append([(row.fields["question"], row.fields["answer"])])
+    return [Sample(tile(decode(picture), size), dialogues[group]) for group, picture in pictures.items()]
+
+
+def ordered_description(scene: Scene) -> str:
+    """The scene in the wording of `core_llm.data.scenes.describe`, items in reading order.
+
+    From a picture an order cannot be guessed, so a fixed one is what an answer can learn.
+    """
+    if scene.word is not None:
+        return f"the word {scene.word}."
+    items = sorted(scene.items, key=lambda item: (ROWS.index(item.row), COLUMNS.index(item.column)))
+    parts = [article(f"{item.size} {item.name}") + f" at the {item.place}" for item in items]
+    return (" and ".join(parts) if len(parts) <= 2 else ", ".join(parts)) + "."
+
+
+def scene_sample(kind: str, rng: random.Random, size: int, n_questions: int, describe_share: float) -> Sample:
+    """A drawn scene with questions; sometimes the core is asked to describe it."""
+    scene = sample_scene(rng, kind)
+    picture = tile(draw(scene, rng, size), size)
+    turns = [(question.text, question.answer) for question in questions(scene, rng, n_questions)]
+    dialogues = [[turn] for turn in turns]
+    if len(turns) > 2 and rng.random() < 0.25:  # follow-up questions of one conversation
+        dialogues = [turns[:2], *[[turn] for turn in turns[2:]]]
+    if rng.random() < describe_share:
+        dialogues[-1] = [(DESCRIBE_PROMPT, ordered_description(scene))]
+    return Sample(picture, dialogues)
+
+
+def vary(sample: Sample, rng: random.Random, n_dialogues: int) -> Sample:
+    """At most n of the dialogues, their first question with or without a leading space.
+
+    Typed after an image it has none; the core's own text, and what speech stands for, has one.
+    """
+    kept = rng.sample(sample.dialogues, min(n_dialogues, len(sample.dialogues)))
+    spaced = [
+        [(f" {turns[0][0]}", turns[0][1]), *turns[1:]] if rng.random() < 0.5 else turns for turns in kept
+    ]
+    return replace(sample, dialogues=spaced)
+
+
+def conversation(turns: Sequence[Turn], picture: Image) -> list[Message]:
+    """A dialogue as messages: the picture first, then its question."""
+    messages: list[Message] = []
+    for n, (question, answer) in enumerate(turns):
+        content = (picture, Text(question)) if n == 0 else (Text(question),)
+        messages += [Message("user", content), Message("assistant", answer)]
+    return messages
+
+
+def pack(samples: Sequence[Sample], tokenizer: Tokenizer, token_rows: int) -> Packed:
+    """One row per picture: what all its dialogues begin with, then each dialogue as a document of its own."""
+    rows = [_pack_row(sample, tokenizer, token_rows) for sample in samples]
+    width = max(len(row[0]) for row in rows)
+    columns = []
+    for values, filler in zip(zip(*rows, strict=True), (tokenizer.pad_id, 0, -1, False, False), strict=True):
+        columns.append(torch.tensor([list(value) + [filler] * (width - len(value)) for value in values]))
+    tokens, positions, documents, image, loss_mask = columns
+    starts = image.int().argmax(dim=1)
+    tiles = torch.stack([sample.tile for sample in samples])
+    return Packed(tiles, tokens, positions, documents, image, loss_mask, starts)
+
+
+def _pack_row(
+    sample: Sample, tokenizer: Tokenizer, token_rows: int
+) -> tuple[list[int], list[int], list[int], list[bool], list[bool]]:
+    tokens: list[int] = []
+    positions: list[int] = []
+    documents: list[int] = []
+    loss_mask: list[bool] = []
+    n_prefix = 0
+    placeholder = Image(b"")
+    for number, turns in enumerate(sample.dialogues, start=1):
+        rendered = render(conversation(turns, placeholder), tokenizer, generation_prompt=False)
+        split = rendered.parts[0][0]  # the prefix ends with the image
+        if not tokens:
+            tokens = rendered.ids[:split] + [tokenizer.image_id] * token_rows
+            n_prefix = len(tokens)
+            positions = list(range(n_prefix))
+            documents, loss_mask = [0] * n_prefix, [False] * n_prefix
+        rest = rendered.ids[split + 1 :]
+        tokens += rest
+        positions += range(n_prefix, n_prefix + len(rest))
+        documents += [number] * len(rest)
+        loss_mask += rendered.loss_mask[split + 1 :]
+    image = [n_prefix - token_rows <= i < n_prefix for i in range(len(tokens))]
+    return tokens, positions, documents, image, loss_mask
