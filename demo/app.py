@@ -206,7 +206,7 @@ def _moderation_tab(gr: Any, guard: "Guard | None") -> None:
         with gr.Column(scale=2):
             user = gr.Textbox(label="What the user says", lines=3, elem_id="moderation-user")
             reply = gr.Textbox(
-                label="What the assistant answers (optional)", lines=3, elem_id="moderation-reply"
+                label="Answer of the assistant (optional)", lines=3, elem_id="moderation-reply"
             )
             button = gr.Button("judge", variant="primary", elem_id="moderation-judge")
         with gr.Column(scale=3):
@@ -245,11 +245,11 @@ def _scorecard_tab(gr: Any) -> None:
         return views.scorecard([Path(name)] if name else [])
 
     found = names()
-    with gr.Row(equal_height=True):
+    with gr.Row():
         choice = gr.Dropdown(
             found, value=found[0] if found else None, label="Results", elem_id="scorecard-file"
         )
-        refresh = gr.Button("look again", scale=0, min_width=140)
+        refresh = gr.Button("look again", scale=0, min_width=140, size="md")
     table = gr.HTML(shown(found[0] if found else None), elem_id="scorecard-table")
     choice.change(shown, [choice], [table])
 

@@ -1,6 +1,7 @@
 """The demo in a real headless Chromium, with the bundled nano family. Run with `make test-browser`."""
 
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,10 @@ def address() -> Iterator[str]:
     from evals.models import load_assistant, load_guard
 
     app = build(load_assistant("nano"), load_guard("nano"))
-    yield launch(app, "127.0.0.1", 0, wait=False)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    yield launch(app, "127.0.0.1", port, wait=False)
     app.close()
 
 
