@@ -1,0 +1,55 @@
+"""What every console script of the project shares: sub-commands from typed functions, one-line errors."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+from core_llm.errors import UserError
+
+Positional = tyro.conf.Positional
+
+# Operating-system failures that are the environment's, not the program's.
+_ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EADDRINUSE}
+
+_STYLE = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
+
+
+def run(
+    prog: str,
+    description: str,
+    commands: dict[str, Callable[..., Any]] | Callable[..., Any],
+    args: Sequence[str] | None = None,
+) -> None:
+    """Run one of `commands` as a sub-command, or the one function there is without a sub-command, and exit.
+
+    The flags come from each function's signature, the help from its docstring. A `UserError`
+    becomes one line on stderr and exit status 2; Ctrl-C exits with 130, as shells expect.
+    """
+    try:
+        if isinstance(commands, dict):
+            tyro.extras.subcommand_cli_from_dict(
+                commands, prog=prog, description=description, args=args, config=_STYLE
+            )
+        else:
+            tyro.cli(commands, prog=prog, description=description, args=args, config=_STYLE)
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT_ERRORS:
+            raise
+        _fail(f"{error.filename or prog}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `... | head` closed our output: not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,1 @@
+"""Datasets, symbolic scenes and the texts that the nano core learns."""

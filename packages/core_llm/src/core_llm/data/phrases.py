@@ -1,0 +1,129 @@
+"""Texts that the project makes itself: what the nano core learns to answer, repeat and be asked aloud."""
+
+import random
+from collections.abc import Iterator
+
+from core_llm.chat import Message
+from core_llm.data.scenes import (
+    COLORS,
+    COLUMNS,
+    KINDS,
+    NUMBERS,
+    ROWS,
+    SHAPES,
+    WORDS,
+    article,
+    describe,
+    questions,
+    sample_scene,
+)
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+REPEAT_PROMPT = "Repeat after me in English:"
+DESCRIBE_PROMPT = "Describe the image."
+_VERBS = ("turn", "move", "show", "find", "count", "open", "close", "stop", "start", "bring", "draw", "read")
+_THINGS = (
+    "light",
+    "door",
+    "window",
+    "music",
+    "picture",
+    "page",
+    "table",
+    "list",
+    "word",
+    "number",
+    *WORDS[:20],
+)
+_ADVERBS = ("now", "again", "please", "slowly", "today", "first", "twice", "later")
+
+
+def digits_phrase(rng: random.Random) -> str:
+    """One to five digits in words; single digits are common."""
+    n = 1 if rng.random() < 0.4 else rng.randint(2, 5)
+    return " ".join(rng.choice(DIGITS) for _ in range(n))
+
+
+def command_phrase(rng: random.Random) -> str:
+    """A short command or statement over a closed vocabulary."""
+    thing = rng.choice(_THINGS)
+    return rng.choice(
+        (
+            f"{rng.choice(_VERBS)} the {thing} {rng.choice(_ADVERBS)}",
+            f"please {rng.choice(_VERBS)} the {rng.choice(COLORS)} {thing}",
+            f"{rng.choice(_VERBS)} {rng.choice(NUMBERS[2:])} {thing}s {rng.choice(_ADVERBS)}",
+            f"the {thing} is {rng.choice(COLORS)} and the {rng.choice(_THINGS)} is {rng.choice(COLORS)}",
+            f"there is {article(rng.choice(COLORS))} {rng.choice(SHAPES)} at the {rng.choice(ROWS)} {rng.choice(COLUMNS)}",
+            f"{rng.choice(WORDS)} {rng.choice(WORDS)} {rng.choice(WORDS)}",
+        )
+    )
+
+
+def question_phrase(rng: random.Random) -> str:
+    """A question about some scene, without the scene."""
+    scene = sample_scene(rng, rng.choices(KINDS, (6, 3, 1))[0])
+    return questions(scene, rng, 1)[0].text
+
+
+def spoken_phrase(rng: random.Random) -> str:
+    """Any text that the core can repeat: digits, questions, commands."""
+    return rng.choices((digits_phrase, question_phrase, command_phrase), (3, 5, 2))[0](rng)
+
+
+def _vary(text: str, rng: random.Random) -> str:
+    """How people type: sometimes a capital letter, sometimes no question mark."""
+    if rng.random() < 0.2:
+        text = text[0].upper() + text[1:]
+    return text.rstrip("?") if rng.random() < 0.1 else text
+
+
+def scene_conversation(rng: random.Random) -> list[Message]:
+    """A described scene and questions about it, one to three turns."""
+    scene = sample_scene(rng, rng.choices(KINDS, (5, 4, 1))[0])
+    description = describe(scene, rng)
+    if rng.random() < 0.1:
+        return [
+            Message("user", f"{description} {DESCRIBE_PROMPT}"),
+            Message("assistant", describe(scene, rng)),
+        ]
+    asked = questions(scene, rng, rng.choice((1, 1, 2, 3)))
+    separator = rng.choice((" ", " ", "\n", ""))
+    first = description + separator + _vary(asked[0].text, rng)
+    conversation = [Message("user", first), Message("assistant", asked[0].answer)]
+    for question in asked[1:]:
+        conversation += [Message("user", _vary(question.text, rng)), Message("assistant", question.answer)]
+    return conversation
+
+
+def repeat_conversation(rng: random.Random) -> list[Message]:
+    """The recognition prompt of the Llama 3 paper (section 8), with text where audio will stand."""
+    phrase = spoken_phrase(rng)
+    separator = " " if rng.random() < 0.8 else ""
+    return [Message("user", REPEAT_PROMPT + separator + phrase), Message("assistant", phrase)]
+
+
+def counting_conversation(rng: random.Random) -> list[Message]:
+    """Small facts about numbers up to nine."""
+    a = rng.randint(0, 8)
+    b = rng.randint(0, 9 - a)
+    text, answer = rng.choice(
+        (
+            (f"what comes after {DIGITS[a]}?", DIGITS[a + 1]),
+            (f"what comes before {DIGITS[a + 1]}?", DIGITS[a]),
+            (f"what is {DIGITS[a]} plus {DIGITS[b]}?", DIGITS[a + b]),
+        )
+    )
+    return [Message("user", _vary(text, rng)), Message("assistant", answer)]
+
+
+def sample_conversation(rng: random.Random) -> list[Message]:
+    """One training conversation of the nano core's own world."""
+    makers = (scene_conversation, repeat_conversation, counting_conversation)
+    return rng.choices(makers, (7, 3, 0.5))[0](rng)
+
+
+def sample_texts(seed: int, n: int) -> Iterator[str]:
+    """n pieces of plain text for training a tokenizer: what `sample_conversation` says."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        yield "\n".join(message.text for message in sample_conversation(rng))

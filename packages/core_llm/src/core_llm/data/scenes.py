@@ -1,0 +1,186 @@
+"""Symbolic scenes: what is in a picture, said in words, with questions whose truth is known.
+
+No pixels here. The core learns these as text; `vision_adapter.scenes` draws the same scenes, so an
+image adapter can later take the place of the description.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("red", "green", "blue", "yellow", "brown", "gray", "black", "teal")
+SIZES = ("small", "large")
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "center", "right")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+WORDS = tuple(
+    ["apple", "bird", "boat", "book", "bread", "bus", "cake", "car", "cat", "chair", "cloud", "cup", "dog", "door", "fish", "flag", "frog", "hat", "home", "key", "lamp", "leaf", "moon", "open", "park", "rain", "ring", "road", "rock", "ship", "shoe", "sky", "snow", "star", "stop", "sun", "taxi", "tent", "tree", "wave"]
+)
+KINDS = ("single", "several", "word")
+SKILLS = ("color", "shape", "presence", "count", "position", "word")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One shape; row and column name its cell in a 3 × 3 grid over the picture."""
+
+    shape: str
+    color: str
+    size: str
+    row: str
+    column: str
+
+    @property
+    def name(self) -> str:
+        """Colour and shape."""
+        return f"{self.color} {self.shape}"
+
+    @property
+    def place(self) -> str:
+        """Cell in words; the middle of the picture is "center"."""
+        if self.row == "middle":
+            return self.column
+        return self.row if self.column == "center" else f"{self.row} {self.column}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Shapes in different cells, or one written word."""
+
+    items: tuple[Item, ...]
+    word: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene, its one right answer, and the skill that it tests."""
+
+    text: str
+    answer: str
+    skill: str
+
+
+def sample_scene(rng: random.Random, kind: str = "single") -> Scene:
+    """A random scene: "single" one shape, "several" two to five in different cells, "word" a written word."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of scene '{kind}'; known: {', '.join(KINDS)}")
+    if kind == "word":
+        return Scene((), rng.choice(WORDS))
+    n = 1 if kind == "single" else rng.randint(2, 5)
+    cells = rng.sample([(row, column) for row in ROWS for column in COLUMNS], n)
+    items = [
+        Item(rng.choice(SHAPES), rng.choice(COLORS), rng.choice(SIZES), row, column) for row, column in cells
+    ]
+    return Scene(tuple(items))
+
+
+def article(noun: str) -> str:
+    """The noun with its indefinite article."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def describe(scene: Scene, rng: random.Random) -> str:
+    """The scene in words; the rng varies order and wording, never the facts."""
+    if scene.word is not None:
+        return rng.choice((f"the word {scene.word}.", f"a sign with the word {scene.word}."))
+    items = list(scene.items)
+    rng.shuffle(items)
+    parts = [article(f"{item.size} {item.name}") + f" at the {item.place}" for item in items]
+    return " and ".join(parts) + "." if len(parts) <= 2 else ", ".join(parts) + "."
+
+
+def questions(scene: Scene, rng: random.Random, n: int = 4) -> list[Question]:
+    """n questions about the scene, drawn over the skills that it allows."""
+    if scene.word is not None:
+        return [_word_question(scene.word, rng) for _ in range(n)]
+    makers = [_presence]
+    makers += [_attribute, _place] if len(scene.items) == 1 else [_count, _count, _attribute_of_one, _place]
+    return [rng.choice(makers)(scene.items, rng) for _ in range(n)]
+
+
+def _word_question(word: str, rng: random.Random) -> Question:
+    text = rng.choice(
+        ("what word is written?", "what does the sign say?", "read the word.", "which word is in the image?")
+    )
+    return Question(text, word, "word")
+
+
+def _attribute(items: Sequence[Item], rng: random.Random) -> Question:
+    item = items[0]
+    if rng.random() < 0.5:
+        noun = rng.choice(("shape", item.shape))
+        text = rng.choice((f"what color is the {noun}?", f"what is the color of the {noun}?"))
+        return Question(text, item.color, "color")
+    text = rng.choice(
+        (
+            "what shape is in the image?",
+            "what shape does the image contain?",
+            "what shape is present?",
+            f"what is the {item.color} shape?",
+        )
+    )
+    return Question(text, item.shape, "shape")
+
+
+def _presence(items: Sequence[Item], rng: random.Random) -> Question:
+    by_color = rng.random() < 0.6
+    present = {item.color if by_color else item.shape for item in items}
+    every = COLORS if by_color else SHAPES
+    absent = [value for value in every if value not in present]
+    truth = not absent or rng.random() < 0.5
+    value = rng.choice(sorted(present) if truth else absent)
+    noun = f"{value} shape" if by_color else value
+    if rng.random() < 0.5:
+        text = rng.choice(
+            (
+                f"is a {noun} present?",
+                f"is there a {noun}?",
+                f"is there a {noun} in the image?",
+                f"does the image contain a {noun}?",
+            )
+        )
+    else:
+        truth = not truth
+        text = rng.choice(
+            (
+                f"is no {noun} present?",
+                f"is there not a {noun}?",
+                f"is there not a {noun} in the image?",
+                f"does the image not contain a {noun}?",
+            )
+        )
+    return Question(text, "yes" if truth else "no", "presence")
+
+
+def _count(items: Sequence[Item], rng: random.Random) -> Question:
+    way = rng.randrange(3)
+    if way == 0:
+        noun, n = "shapes", len(items)
+    elif way == 1:
+        shape = rng.choice(SHAPES)
+        noun, n = f"{shape}s", sum(item.shape == shape for item in items)
+    else:
+        color = rng.choice([item.color for item in items] + [rng.choice(COLORS)])
+        noun, n = f"{color} shapes", sum(item.color == color for item in items)
+    text = rng.choice((f"how many {noun} are there?", f"how many {noun} are in the image?"))
+    return Question(text, NUMBERS[n], "count")
+
+
+def _attribute_of_one(items: Sequence[Item], rng: random.Random) -> Question:
+    """Colour by shape or shape by colour, where that names one item alone; else what stands at a place."""
+    item = rng.choice(list(items))
+    if sum(other.shape == item.shape for other in items) == 1 and rng.random() < 0.5:
+        text = rng.choice((f"what color is the {item.shape}?", f"what is the color of the {item.shape}?"))
+        return Question(text, item.color, "color")
+    if sum(other.color == item.color for other in items) == 1 and rng.random() < 0.5:
+        return Question(f"what is the {item.color} shape?", item.shape, "shape")
+    return Question(f"what is at the {item.place}?", f"{item.color} {item.shape}", "position")
+
+
+def _place(items: Sequence[Item], rng: random.Random) -> Question:
+    unique = [item for item in items if sum(other.name == item.name for other in items) == 1]
+    if not unique:
+        return _count(items, rng)
+    item = rng.choice(unique)
+    return Question(f"where is the {item.name}?", item.place, "position")

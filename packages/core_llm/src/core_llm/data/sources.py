@@ -1,0 +1,307 @@
+"""The one dataset registry: every dataset is named once, with its public source and licence.
+
+A source reads a local folder (`--data-root`) or its public hub copy, and yields the same rows from both.
+Media stay undecoded: a path or encoded bytes. Splits are fixed: by the files that a dataset ships, else by
+a hash of the row's group, so that rows that share an image, speaker or context never part.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core_llm.errors import DataError
+
+SPLITS = ("train", "dev", "all")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example. `group` ties rows together that must stay in one split."""
+
+    id: str
+    group: str
+    fields: dict[str, Any]
+    split: str | None = None  # set where the dataset itself says so
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset: where it comes from and how its rows are read.
+
+    hub is (repository, configuration or None), or None where no hub copy is known; dev_fraction is the
+    share of groups that the hash puts into "dev".
+    """
+
+    name: str
+    title: str
+    licence: str
+    homepage: str
+    hub: tuple[str, str | None] | None
+    dev_fraction: float
+    read_local: Callable[[Path], Iterator[Row]]
+    read_hub: Callable[[Iterable[dict[str, Any]], str], Iterator[Row]]
+
+
+def split_of(name: str, group: str) -> str:
+    """ "train" or "dev" by a hash of the group that never changes."""
+    digest = hashlib.sha256(f"{name}:{group}".encode()).digest()
+    return "dev" if int.from_bytes(digest[:8], "big") / 2**64 < SOURCES[name].dev_fraction else "train"
+
+
+def load(
+    name: str, data_root: Path | None = None, split: str = "train", limit: int | None = None
+) -> list[Row]:
+    """Rows of a dataset in a fixed order; at most `limit`, spread evenly over the whole.
+
+    Raises `DataError` for an unknown name or split, a missing folder, or a malformed file.
+    """
+    if name not in SOURCES:
+        raise DataError(f"unknown dataset '{name}'; known: {', '.join(SOURCES)}")
+    if split not in SPLITS:
+        raise DataError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
+    source = SOURCES[name]
+    rows = _read_local(source, data_root) if data_root is not None else _read_hub(source)
+    if split != "all":
+        rows = [row for row in rows if (row.split or split_of(name, row.group)) == split]
+    if not rows:
+        raise DataError(f"{name}: the {split} split is empty here")
+    if limit is not None and limit < len(rows):
+        rows = [rows[i * len(rows) // limit] for i in range(limit)]
+    return rows
+
+
+def _read_local(source: Source, data_root: Path) -> list[Row]:
+    folder = data_root / source.name
+    if not folder.is_dir():
+        raise DataError(
+            f"{data_root}: holds no folder '{source.name}'; put the {source.title} dataset there "
+            f"({source.homepage}), or leave --data-root out to read the hub"
+        )
+    try:
+        return list(source.read_local(folder))
+    except (OSError, ValueError, KeyError, IndexError, csv.Error) as error:
+        raise DataError(
+            f"{folder}: cannot be read as {source.title} ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read_hub(source: Source) -> list[Row]:
+    if source.hub is None:
+        raise DataError(
+            f"{source.name}: no hub copy is known; download it from {source.homepage} and pass --data-root"
+        )
+    import datasets
+
+    repository, configuration = source.hub
+    try:
+        loaded = datasets.load_dataset(repository, configuration)
+        rows: list[Row] = []
+        for split, table in loaded.items():
+            for column in ("image", "audio"):
+                if column in table.column_names:
+                    feature = datasets.Image if column == "image" else datasets.Audio
+                    table = table.cast_column(column, feature(decode=False))
+            rows += source.read_hub(table, str(split))
+        return rows
+    except Exception as error:  # the library raises many kinds; all mean that the hub copy is out of reach
+        raise DataError(
+            f"{source.name}: cannot read {repository} from the hub ({type(error).__name__}); "
+            "check the network, or pass --data-root with a local copy"
+        ) from error
+
+
+def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+
+
+def _numbered(
+    prefix: str, rows: Iterable[tuple[str, dict[str, Any]]], split: str | None = None
+) -> Iterator[Row]:
+    for i, (group, fields) in enumerate(rows):
+        yield Row(f"{prefix}-{i}", group, fields, split)
+
+
+def _declared(stem: str) -> str | None:
+    """A split that the file name states; test and validation files are never trained on."""
+    return {"train": "train", "dev": "dev", "validation": "dev", "val": "dev", "test": "dev"}.get(stem)
+
+
+def _easy_vqa_local(folder: Path) -> Iterator[Row]:
+    for i, (question, answer, image) in enumerate(json.loads((folder / "questions.json").read_text())):
+        fields = {"question": question, "answer": answer, "image": folder / "images" / f"{image}.png"}
+        yield Row(f"easy_vqa-{i}", str(image), fields)
+
+
+def _easy_vqa_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
+    for i, row in enumerate(rows):
+        image = row["image"]["bytes"]
+        fields = {"question": row["question"], "answer": row["answer"], "image": image}
+        group = str(row.get("image_id", hashlib.sha256(image).hexdigest()[:16]))
+        yield Row(f"easy_vqa-{split}-{i}", f"{split}-{group}", fields, _declared(split))
+
+
+def _fsdd_row(stem: str, audio: Path | bytes) -> Row:
+    digit, speaker, _ = stem.split("_")
+    fields = {"text": _DIGITS[int(digit)], "digit": int(digit), "speaker": speaker, "audio": audio}
+    return Row(f"fsdd-{stem}", speaker, fields)
+
+
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def _fsdd_local(folder: Path) -> Iterator[Row]:
+    for path in sorted(folder.rglob("*.wav")):
+        yield _fsdd_row(path.stem, path)
+
+
+def _fsdd_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
+    for row in rows:
+        stem = Path(row["audio"]["path"] or "").stem
+        yield _fsdd_row(stem, row["audio"]["bytes"])
+
+
+def _diasafety_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    unsafe = str(row["label"]).lower() in ("unsafe", "1")
+    fields = {
+        "context": row["context"],
+        "response": row["response"],
+        "category": row["category"],
+        "label": int(unsafe),
+    }
+    return row["context"], fields
+
+
+def _diasafety_local(folder: Path) -> Iterator[Row]:
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise FileNotFoundError("no .jsonl file")
+    for path in files:
+        rows = map(_diasafety_fields, _jsonl(path))
+        yield from _numbered(f"diasafety-{path.stem}", rows, _declared(path.stem))
+
+
+def _diasafety_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
+    # The official split repeats contexts across its parts: the hash of the context decides instead.
+    yield from _numbered(f"diasafety-{split}", map(_diasafety_fields, rows))
+
+
+MODERATION_LABELS = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")
+
+
+def _moderation_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    labels = {key: row.get(key) for key in MODERATION_LABELS}
+    unsafe = any(value == 1 for value in labels.values())
+    return row["prompt"], {"prompt": row["prompt"], "labels": labels, "label": int(unsafe)}
+
+
+def _moderation_local(folder: Path) -> Iterator[Row]:
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise FileNotFoundError("no .jsonl file")
+    for path in files:
+        yield from _numbered(f"openai_moderation-{path.stem}", map(_moderation_fields, _jsonl(path)))
+
+
+def _moderation_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
+    yield from _numbered(f"openai_moderation-{split}", map(_moderation_fields, rows))
+
+
+def _hate_speech_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return row["tweet"], {"text": row["tweet"], "label": int(row["class"])}
+
+
+def _ailuminate_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return row["prompt_text"], {"prompt": row["prompt_text"], "hazard": row["hazard"]}
+
+
+def _simple_safety_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    prompt = row.get("prompts_final") or row["prompt"]
+    return prompt, {"prompt": prompt, "harm_area": row["harm_area"]}
+
+
+def _frr_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return row["mutated_prompt"], {"prompt": row["mutated_prompt"]}
+
+
+def _gsm8k_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return row["question"], {"question": row["question"], "answer": row["answer"]}
+
+
+Fields = Callable[[dict[str, Any]], tuple[str, dict[str, Any]]]
+
+
+def _from_csv(name: str, file: str, fields: Fields) -> Callable[[Path], Iterator[Row]]:
+    def read(folder: Path) -> Iterator[Row]:
+        with open(folder / file, encoding="utf-8", newline="") as opened:
+            yield from _numbered(name, map(fields, csv.DictReader(opened)))
+
+    return read
+
+
+def _from_hub(name: str, fields: Fields) -> Callable[[Iterable[dict[str, Any]], str], Iterator[Row]]:
+    def read(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
+        yield from _numbered(f"{name}-{split}", map(fields, rows), _declared(split))
+
+    return read
+
+
+def _frr_local(folder: Path) -> Iterator[Row]:
+    yield from _numbered("mitre_frr", map(_frr_fields, json.loads((folder / "mitre_frr.json").read_text())))
+
+
+def _gsm8k_local(folder: Path) -> Iterator[Row]:
+    for stem in ("train", "test"):
+        rows = map(_gsm8k_fields, _jsonl(folder / f"{stem}.jsonl"))
+        yield from _numbered(f"gsm8k-{stem}", rows, _declared(stem))
+
+
+SOURCES: dict[str, Source] = {
+    source.name: source
+    for source in (
+        Source("easy_vqa", "easy-VQA", "MIT", "https://github.com/vzhou842/easy-VQA", None, 0.1, _easy_vqa_local, _easy_vqa_hub),
+        Source(
+            "fsdd", "Free Spoken Digit Dataset", "CC BY-SA 4.0", "https://github.com/Jakobovski/free-spoken-digit-dataset",
+            None, 0.2, _fsdd_local, _fsdd_hub,
+        ),
+        Source(
+            "diasafety", "DiaSafety", "Apache-2.0", "https://github.com/thu-coai/DiaSafety",
+            ("thu-coai/diasafety", None), 0.1, _diasafety_local, _diasafety_hub,
+        ),
+        Source(
+            "openai_moderation", "OpenAI moderation evaluation set", "MIT",
+            "https://github.com/openai/moderation-api-release",
+            ("mmathys/openai-moderation-api-evaluation", None), 0.5, _moderation_local, _moderation_hub,
+        ),
+        Source(
+            "hate_speech", "Hate speech and offensive language (Davidson et al. 2017)", "MIT",
+            "https://github.com/t-davidson/hate-speech-and-offensive-language",
+            ("tdavidson/hate_speech_offensive", None), 0.1,
+            _from_csv("hate_speech", "labeled_data.csv", _hate_speech_fields), _from_hub("hate_speech", _hate_speech_fields),
+        ),
+        Source(
+            "ailuminate", "MLCommons AILuminate demo prompts", "CC BY 4.0", "https://github.com/mlcommons/ailuminate",
+            None, 0.2, _from_csv("ailuminate", "dev.csv", _ailuminate_fields), _from_hub("ailuminate", _ailuminate_fields),
+        ),
+        Source(
+            "simple_safety_tests", "SimpleSafetyTests", "CC BY", "https://github.com/bertiev/SimpleSafetyTests",
+            ("Bertievidgen/SimpleSafetyTests", None), 0.2,
+            _from_csv("simple_safety_tests", "test_cases.csv", _simple_safety_fields),
+            _from_hub("simple_safety_tests", _simple_safety_fields),
+        ),
+        Source(
+            "mitre_frr", "CyberSecEval false-refusal prompts", "MIT", "https://github.com/meta-llama/PurpleLlama",
+            None, 0.2, _frr_local, _from_hub("mitre_frr", _frr_fields),
+        ),
+        Source(
+            "gsm8k", "GSM8K", "MIT", "https://github.com/openai/grade-school-math",
+            ("openai/gsm8k", "main"), 0.1, _gsm8k_local, _from_hub("gsm8k", _gsm8k_fields),
+        ),
+    )
+}  # fmt: skip

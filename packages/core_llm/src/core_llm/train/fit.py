@@ -1,0 +1,187 @@
+"""The one training loop. A new method is a new Task, never a copied loop."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from core_llm.errors import CheckpointError, UserError
+
+
+class Task(Protocol):
+    """What is trained, on what, and how well it does."""
+
+    name: str
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Modules whose state a resume restores."""
+        ...
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """AdamW groups: {"params": [...]} with optional "lr_scale" and "weight_decay"."""
+        ...
+
+    def batch(self, step: int) -> Any:
+        """The batch of a step: a pure function of the step, which makes every resume exact."""
+        ...
+
+    def loss(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
+        """Scalar loss and figures to log."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out figures; {} where there are none."""
+        ...
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to train. Learning rate: linear warm-up, then cosine to `final_lr_fraction` of the peak."""
+
+    out: Path
+    steps: int
+    lr: float = 1e-3
+    warmup: int = 50
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    final_lr_fraction: float = 0.05
+    autocast: bool = True  # bf16 on whatever device the parameters are
+    seed: int = 0
+    save_every: int = 500
+    eval_every: int = 0
+    log_every: int = 20
+    resume: bool = True
+
+
+def learning_rate(step: int, config: FitConfig) -> float:
+    """Learning rate at a step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
+
+
+def fit(task: Task, config: FitConfig) -> dict[str, float]:
+    """Train to the last step and return the final held-out figures.
+
+    Writes metrics.jsonl and state.pt under `config.out`; the same call continues an interrupted run
+    from its last saved step with the same result. Raises `UserError` where the loss stops being a number.
+    """
+    from tqdm import tqdm
+
+    torch.manual_seed(config.seed)
+    config.out.mkdir(parents=True, exist_ok=True)
+    optimizer = _optimizer(task, config)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    device = parameters[0].device
+    state_path = config.out / f"{task.name}.state.pt"
+    start = _resume(state_path, task, optimizer, config)
+    trained = list(task.modules().values())
+    with (
+        open(config.out / f"{task.name}.metrics.jsonl", "a") as log,
+        tqdm(total=config.steps, initial=start, desc=task.name, unit="step", mininterval=2.0) as bar,
+    ):
+        began = time.monotonic()
+        for step in range(start, config.steps):
+            _set_training(trained, True)
+            rate = learning_rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+                loss, figures = task.loss(task.batch(step))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+            if not torch.isfinite(norm):
+                raise UserError(
+                    f"{task.name}: the gradient at step {step} is not finite; lower --lr "
+                    f"(the last good state is kept in {state_path})"
+                )
+            optimizer.step()
+            bar.update(1)
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                figures = {"loss": loss.item(), **figures, "lr": rate, "grad_norm": norm.item()}
+                bar.set_postfix({k: f"{v:.3g}" for k, v in figures.items()}, refresh=False)
+                _log(log, done, figures, time.monotonic() - began)
+            if config.eval_every and done % config.eval_every == 0 and done < config.steps:
+                _log(log, done, _evaluate(task, trained), time.monotonic() - began)
+            if done % config.save_every == 0 or done == config.steps:
+                _save(state_path, task, optimizer, done, config)
+        final = _evaluate(task, trained)
+        _log(log, config.steps, final, time.monotonic() - began)
+    return final
+
+
+def _optimizer(task: Task, config: FitConfig) -> torch.optim.AdamW:
+    groups = []
+    for group in task.parameter_groups():
+        parameters = [p for p in group["params"] if p.requires_grad]
+        for decayed in (True, False):  # norms, biases and gates are not decayed
+            part = [p for p in parameters if (p.dim() >= 2) == decayed]
+            if part:
+                decay = group.get("weight_decay", config.weight_decay) if decayed else 0.0
+                groups.append({"params": part, "lr_scale": group.get("lr_scale", 1.0), "weight_decay": decay})
+    if not groups:
+        raise UserError(f"{task.name}: nothing is trainable")
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+
+
+def _set_training(modules: list[nn.Module], mode: bool) -> None:
+    for module in modules:
+        module.train(mode)
+
+
+def _evaluate(task: Task, trained: list[nn.Module]) -> dict[str, float]:
+    _set_training(trained, False)
+    with torch.no_grad():
+        return task.evaluate()
+
+
+def _log(file: Any, step: int, figures: Mapping[str, float], seconds: float) -> None:
+    if figures:
+        file.write(json.dumps({"step": step, "seconds": round(seconds, 1), **figures}) + "\n")
+        file.flush()
+
+
+def _save(path: Path, task: Task, optimizer: torch.optim.Optimizer, step: int, config: FitConfig) -> None:
+    state = {
+        "step": step,
+        "steps": config.steps,
+        "seed": config.seed,
+        "modules": {name: module.state_dict() for name, module in task.modules().items()},
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def _resume(path: Path, task: Task, optimizer: torch.optim.Optimizer, config: FitConfig) -> int:
+    if not config.resume or not path.exists():
+        return 0
+    try:
+        state = torch.load(path, weights_only=True)
+        if (state["steps"], state["seed"]) != (config.steps, config.seed):
+            raise CheckpointError(
+                f"{path}: belongs to a run of {state['steps']} steps with seed {state['seed']}; "
+                "give the same numbers, another --out, or delete it"
+            )
+        for name, module in task.modules().items():
+            module.load_state_dict(state["modules"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        return int(state["step"])
+    except CheckpointError:
+        raise
+    except Exception as error:  # a truncated zip, a missing key, other shapes: the remedy is the same
+        raise CheckpointError(f"{path}: cannot be resumed ({error}); delete it to start again") from error

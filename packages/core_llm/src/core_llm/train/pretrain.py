@@ -1,0 +1,142 @@
+"""Pre-training of the nano core: the project's own scenes and phrases, and grade-school maths.
+
+Axes: B windows, T positions in a window.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core_llm.chat import Message, render
+from core_llm.config import LlamaConfig
+from core_llm.data import sources
+from core_llm.data.packing import Document, Packed, pack
+from core_llm.data.phrases import sample_conversation, sample_texts
+from core_llm.kernels import Mask
+from core_llm.model import Llama
+from core_llm.tokenizer import Tokenizer
+from core_llm.train.fit import FitConfig, fit
+
+# Every token that the assistant says is a target; of all other text only this share, drawn at random,
+# because the head over the vocabulary is a third of the work.
+CONTEXT_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Sizes of the run: tokens per step = windows × width."""
+
+    windows: int = 32
+    width: int = 192
+    pool: int = 60_000  # distinct conversations of the project's own world
+    maths_share: float = 0.15  # share of documents that are grade-school maths
+    seed: int = 0
+
+
+def document(messages: Sequence[Message], tokenizer: Tokenizer, rng: random.Random) -> Document:
+    """A conversation as a packed document."""
+    rendered = render(messages, tokenizer, generation_prompt=False)
+    weights = [float(said or rng.random() < CONTEXT_SHARE) for said in rendered.loss_mask]
+    return Document(rendered.ids, weights)
+
+
+def maths_conversations(data_root: Path | None, split: str) -> list[list[Message]]:
+    """GSM8K as question and worked answer; the dataset's <<calculator>> marks are left out."""
+    import re
+
+    rows = sources.load("gsm8k", data_root, split)
+    marks = re.compile(r"<<.*?>>")
+    return [
+        [Message("user", row.fields["question"]), Message("assistant", marks.sub("", row.fields["answer"]))]
+        for row in rows
+    ]
+
+
+def tokenizer_texts(data_root: Path | None) -> list[str]:
+    """What the nano vocabulary is trained on: own texts, maths, and the training text of the dialogue sets."""
+    texts = list(sample_texts(seed=0, n=8000))
+    texts += [message.text for messages in maths_conversations(data_root, "train") for message in messages]
+    for row in sources.load("diasafety", data_root, "train"):
+        texts += [row.fields["context"], row.fields["response"]]
+    texts += [row.fields["prompt"] for row in sources.load("openai_moderation", data_root, "train")]
+    texts += [row.fields["prompt"] for row in sources.load("mitre_frr", data_root, "train")]
+    return texts
+
+
+class PretrainTask:
+    """Next-token prediction over packed conversations with document masks."""
+
+    name = "pretrain"
+
+    def __init__(
+        self, model: Llama, tokenizer: Tokenizer, config: PretrainConfig, data_root: Path | None
+    ) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        rng = random.Random(f"pretrain-{config.seed}")
+        self.own = [document(sample_conversation(rng), tokenizer, rng) for _ in range(config.pool)]
+        self.maths = [document(m, tokenizer, rng) for m in maths_conversations(data_root, "train")]
+        held_out = random.Random("held-out")  # a seed that no training run uses
+        self.held_out = [document(sample_conversation(held_out), tokenizer, held_out) for _ in range(400)]
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The core."""
+        return {"core": self.model}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """All weights at one rate."""
+        return [{"params": list(self.model.parameters())}]
+
+    def batch(self, step: int) -> Packed:
+        """Windows of the step, drawn from both pools."""
+        rng = random.Random(f"{self.config.seed}-{step}")
+
+        def stream() -> Any:
+            while True:
+                yield rng.choice(self.maths if rng.random() < self.config.maths_share else self.own)
+
+        return pack(stream(), self.config.width, self.config.windows, self.tokenizer.pad_id)
+
+    def loss(self, batch: Packed) -> tuple[Tensor, dict[str, float]]:
+        """Weighted cross-entropy, nats per token."""
+        return packed_loss(self.model, batch), {}
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss on conversations that were not trained on."""
+        windows = pack(self.held_out, self.config.width, 64, self.tokenizer.pad_id)
+        return {"held_out_loss": packed_loss(self.model, windows).item()}
+
+
+def packed_loss(model: Llama, batch: Packed) -> Tensor:
+    """Cross-entropy in nats per token of packed windows, weighted per target."""
+    hidden = model.hidden(batch.tokens, mask=Mask.packed(batch.documents))
+    weights = batch.weights[:, 1:]
+    # Only positions that predict something go through the head.
+    rows, at = weights.nonzero(as_tuple=True)
+    losses = F.cross_entropy(
+        model.logits(hidden[rows, at]).float(), batch.tokens[rows, at + 1], reduction="none"
+    )
+    chosen = weights[rows, at]
+    return (losses * chosen).sum() / chosen.sum()
+
+
+def pretrain(
+    config: LlamaConfig, data_root: Path | None, fit_config: FitConfig, run: PretrainConfig
+) -> tuple[Llama, Tokenizer, dict[str, float]]:
+    """Train tokenizer and core from scratch; a second call with the same folder resumes."""
+    saved = fit_config.out / "tokenizer.json"
+    if saved.exists():
+        tokenizer = Tokenizer.load(saved)
+    else:
+        tokenizer = Tokenizer.train(tokenizer_texts(data_root), config.vocab_size)
+        fit_config.out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(saved)
+    model = Llama(config).initialise(run.seed)
+    torch.manual_seed(run.seed)
+    figures = fit(PretrainTask(model, tokenizer, run, data_root), fit_config)
+    return model, tokenizer, figures
