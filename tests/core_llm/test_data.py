@@ -8,7 +8,7 @@ import pytest
 
 from core_llm.data.packing import Document, pack
 from core_llm.data.phrases import sample_conversation, spoken_phrase
-from core_llm.data.scenes import KINDS, NUMBERS, SKILLS, describe, questions, sample_scene
+from core_llm.data.scenes import COLORS, KINDS, NUMBERS, SHAPES, SKILLS, describe, questions, sample_scene
 from core_llm.data.sources import SOURCES, load, split_of
 from core_llm.errors import DataError
 
@@ -83,7 +83,7 @@ def test_answers_are_true_of_the_scene(kind: str) -> None:
     assert skills <= set(SKILLS)
 
 
-COLORS_AND_SHAPES = ["red", "green", "blue", "yellow", "brown", "gray", "black", "teal", "circle", "rectangle", "triangle"]
+COLORS_AND_SHAPES = {*COLORS, *SHAPES}
 
 
 def test_same_seed_gives_the_same_texts() -> None:

@@ -30,7 +30,8 @@ def test_special_tokens_follow_the_words_in_the_order_of_llama_3() -> None:
     assert len(names) == len(set(names)) == N_SPECIAL
     # Released ids 128000 + n, from the specification of the family.
     for name, n in {
-        "<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|finetune_right_pad_id|>": 4, "<|start_header_id|>": 6,
+        "<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|finetune_right_pad_id|>": 4,
+        "<|start_header_id|>": 6,
         "<|end_header_id|>": 7, "<|eom_id|>": 8, "<|eot_id|>": 9, "<|python_tag|>": 10, "<|image|>": 11,
     }.items():  # fmt: skip
         assert names.index(name) == n and TOKENIZER.special(name) == TOKENIZER.n_words + n

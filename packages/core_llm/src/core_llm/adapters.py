@@ -168,7 +168,9 @@ class Assistant:
         base = self.core.embed(tokens)
         if not replacements:
             return base
-        row_index, position, vectors = [], [], []
+        row_index: list[int] = []
+        position: list[int] = []
+        vectors: list[Tensor] = []
         for (row, index), vector in replacements.items():
             start = shift[row][index]
             row_index += [row] * vector.shape[0]

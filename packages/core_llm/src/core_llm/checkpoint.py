@@ -24,7 +24,7 @@ NANO = Path(__file__).parent / "nano"
 
 
 def core_hash(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and bf16 bytes of all weights: equal for fp32 and bf16 copies of one core."""
+    """SHA-256 over names, shapes and bf16 bytes of all weights: a fp32 and a bf16 copy agree."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -112,7 +112,8 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: Path | 
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise CheckpointError(
-                f"{where}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(wanted[name].shape)}"
+                f"{where}: {name} has shape {tuple(tensor.shape)}, "
+                f"the model needs {tuple(wanted[name].shape)}"
             )
     module.load_state_dict(dict(tensors))
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
+from tyro.conf import Positional as Positional
 
 from core_llm.errors import UserError
-
-Positional = tyro.conf.Positional
 
 # Operating-system failures that are the environment's, not the program's.
 _ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EADDRINUSE}

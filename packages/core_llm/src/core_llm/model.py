@@ -23,6 +23,8 @@ class Llama(nn.Module):
     hidden states before block i. Without either, the pass is exactly the text model's.
     """
 
+    frequencies: Tensor
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config

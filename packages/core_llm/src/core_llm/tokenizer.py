@@ -92,7 +92,7 @@ class Tokenizer:
         return backend.decode(kept, skip_special_tokens=False)
 
     def save(self, path: Path) -> None:
-        """Write `tokenizer.json`; raises `CheckpointError` for a tiktoken tokenizer, which has another form."""
+        """Write `tokenizer.json`; raises `CheckpointError` for a tiktoken tokenizer."""
         if self._is_tiktoken:
             raise CheckpointError("a tokenizer.model is copied, not written as tokenizer.json")
         backend: Any = self._backend

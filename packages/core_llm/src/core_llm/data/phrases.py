@@ -53,7 +53,8 @@ def command_phrase(rng: random.Random) -> str:
             f"please {rng.choice(_VERBS)} the {rng.choice(COLORS)} {thing}",
             f"{rng.choice(_VERBS)} {rng.choice(NUMBERS[2:])} {thing}s {rng.choice(_ADVERBS)}",
             f"the {thing} is {rng.choice(COLORS)} and the {rng.choice(_THINGS)} is {rng.choice(COLORS)}",
-            f"there is {article(rng.choice(COLORS))} {rng.choice(SHAPES)} at the {rng.choice(ROWS)} {rng.choice(COLUMNS)}",
+            f"there is {article(rng.choice(COLORS))} {rng.choice(SHAPES)} "
+            f"at the {rng.choice(ROWS)} {rng.choice(COLUMNS)}",
             f"{rng.choice(WORDS)} {rng.choice(WORDS)} {rng.choice(WORDS)}",
         )
     )

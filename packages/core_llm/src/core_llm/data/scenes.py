@@ -14,9 +14,12 @@ SIZES = ("small", "large")
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
-WORDS = tuple(
-    ["apple", "bird", "boat", "book", "bread", "bus", "cake", "car", "cat", "chair", "cloud", "cup", "dog", "door", "fish", "flag", "frog", "hat", "home", "key", "lamp", "leaf", "moon", "open", "park", "rain", "ring", "road", "rock", "ship", "shoe", "sky", "snow", "star", "stop", "sun", "taxi", "tent", "tree", "wave"]
-)
+WORDS = (
+    "apple", "bird", "boat", "book", "bread", "bus", "cake", "car", "cat", "chair", "cloud", "cup",
+    "dog", "door", "fish", "flag", "frog", "hat", "home", "key", "lamp", "leaf", "moon", "open", "park",
+    "rain", "ring", "road", "rock", "ship", "shoe", "sky", "snow", "star", "stop", "sun", "taxi",
+    "tent", "tree", "wave",
+)  # fmt: skip
 KINDS = ("single", "several", "word")
 SKILLS = ("color", "shape", "presence", "count", "position", "word")
 

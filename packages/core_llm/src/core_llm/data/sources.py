@@ -262,46 +262,97 @@ def _gsm8k_local(folder: Path) -> Iterator[Row]:
         yield from _numbered(f"gsm8k-{stem}", rows, _declared(stem))
 
 
-SOURCES: dict[str, Source] = {
-    source.name: source
-    for source in (
-        Source("easy_vqa", "easy-VQA", "MIT", "https://github.com/vzhou842/easy-VQA", None, 0.1, _easy_vqa_local, _easy_vqa_hub),
-        Source(
-            "fsdd", "Free Spoken Digit Dataset", "CC BY-SA 4.0", "https://github.com/Jakobovski/free-spoken-digit-dataset",
-            None, 0.2, _fsdd_local, _fsdd_hub,
-        ),
-        Source(
-            "diasafety", "DiaSafety", "Apache-2.0", "https://github.com/thu-coai/DiaSafety",
-            ("thu-coai/diasafety", None), 0.1, _diasafety_local, _diasafety_hub,
-        ),
-        Source(
-            "openai_moderation", "OpenAI moderation evaluation set", "MIT",
-            "https://github.com/openai/moderation-api-release",
-            ("mmathys/openai-moderation-api-evaluation", None), 0.5, _moderation_local, _moderation_hub,
-        ),
-        Source(
-            "hate_speech", "Hate speech and offensive language (Davidson et al. 2017)", "MIT",
-            "https://github.com/t-davidson/hate-speech-and-offensive-language",
-            ("tdavidson/hate_speech_offensive", None), 0.1,
-            _from_csv("hate_speech", "labeled_data.csv", _hate_speech_fields), _from_hub("hate_speech", _hate_speech_fields),
-        ),
-        Source(
-            "ailuminate", "MLCommons AILuminate demo prompts", "CC BY 4.0", "https://github.com/mlcommons/ailuminate",
-            None, 0.2, _from_csv("ailuminate", "dev.csv", _ailuminate_fields), _from_hub("ailuminate", _ailuminate_fields),
-        ),
-        Source(
-            "simple_safety_tests", "SimpleSafetyTests", "CC BY", "https://github.com/bertiev/SimpleSafetyTests",
-            ("Bertievidgen/SimpleSafetyTests", None), 0.2,
-            _from_csv("simple_safety_tests", "test_cases.csv", _simple_safety_fields),
-            _from_hub("simple_safety_tests", _simple_safety_fields),
-        ),
-        Source(
-            "mitre_frr", "CyberSecEval false-refusal prompts", "MIT", "https://github.com/meta-llama/PurpleLlama",
-            None, 0.2, _frr_local, _from_hub("mitre_frr", _frr_fields),
-        ),
-        Source(
-            "gsm8k", "GSM8K", "MIT", "https://github.com/openai/grade-school-math",
-            ("openai/gsm8k", "main"), 0.1, _gsm8k_local, _from_hub("gsm8k", _gsm8k_fields),
-        ),
-    )
-}  # fmt: skip
+_ALL = (
+    Source(
+        name="easy_vqa",
+        title="easy-VQA",
+        licence="MIT",
+        homepage="https://github.com/vzhou842/easy-VQA",
+        hub=None,
+        dev_fraction=0.1,
+        read_local=_easy_vqa_local,
+        read_hub=_easy_vqa_hub,
+    ),
+    Source(
+        name="fsdd",
+        title="Free Spoken Digit Dataset",
+        licence="CC BY-SA 4.0",
+        homepage="https://github.com/Jakobovski/free-spoken-digit-dataset",
+        hub=None,
+        dev_fraction=0.2,
+        read_local=_fsdd_local,
+        read_hub=_fsdd_hub,
+    ),
+    Source(
+        name="diasafety",
+        title="DiaSafety",
+        licence="Apache-2.0",
+        homepage="https://github.com/thu-coai/DiaSafety",
+        hub=("thu-coai/diasafety", None),
+        dev_fraction=0.1,
+        read_local=_diasafety_local,
+        read_hub=_diasafety_hub,
+    ),
+    Source(
+        name="openai_moderation",
+        title="OpenAI moderation evaluation set",
+        licence="MIT",
+        homepage="https://github.com/openai/moderation-api-release",
+        hub=("mmathys/openai-moderation-api-evaluation", None),
+        dev_fraction=0.5,
+        read_local=_moderation_local,
+        read_hub=_moderation_hub,
+    ),
+    Source(
+        name="hate_speech",
+        title="Hate speech and offensive language (Davidson et al. 2017)",
+        licence="MIT",
+        homepage="https://github.com/t-davidson/hate-speech-and-offensive-language",
+        hub=("tdavidson/hate_speech_offensive", None),
+        dev_fraction=0.1,
+        read_local=_from_csv("hate_speech", "labeled_data.csv", _hate_speech_fields),
+        read_hub=_from_hub("hate_speech", _hate_speech_fields),
+    ),
+    Source(
+        name="ailuminate",
+        title="MLCommons AILuminate demo prompts",
+        licence="CC BY 4.0",
+        homepage="https://github.com/mlcommons/ailuminate",
+        hub=None,
+        dev_fraction=0.2,
+        read_local=_from_csv("ailuminate", "dev.csv", _ailuminate_fields),
+        read_hub=_from_hub("ailuminate", _ailuminate_fields),
+    ),
+    Source(
+        name="simple_safety_tests",
+        title="SimpleSafetyTests",
+        licence="CC BY",
+        homepage="https://github.com/bertiev/SimpleSafetyTests",
+        hub=("Bertievidgen/SimpleSafetyTests", None),
+        dev_fraction=0.2,
+        read_local=_from_csv("simple_safety_tests", "test_cases.csv", _simple_safety_fields),
+        read_hub=_from_hub("simple_safety_tests", _simple_safety_fields),
+    ),
+    Source(
+        name="mitre_frr",
+        title="CyberSecEval false-refusal prompts",
+        licence="MIT",
+        homepage="https://github.com/meta-llama/PurpleLlama",
+        hub=None,
+        dev_fraction=0.2,
+        read_local=_frr_local,
+        read_hub=_from_hub("mitre_frr", _frr_fields),
+    ),
+    Source(
+        name="gsm8k",
+        title="GSM8K",
+        licence="MIT",
+        homepage="https://github.com/openai/grade-school-math",
+        hub=("openai/gsm8k", "main"),
+        dev_fraction=0.1,
+        read_local=_gsm8k_local,
+        read_hub=_from_hub("gsm8k", _gsm8k_fields),
+    ),
+)
+
+SOURCES: dict[str, Source] = {source.name: source for source in _ALL}

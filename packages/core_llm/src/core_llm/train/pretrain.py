@@ -59,7 +59,7 @@ def maths_conversations(data_root: Path | None, split: str) -> list[list[Message
 
 
 def tokenizer_texts(data_root: Path | None) -> list[str]:
-    """What the nano vocabulary is trained on: own texts, maths, and the training text of the dialogue sets."""
+    """What the nano vocabulary is trained on: own texts, maths, and training text of the dialogue sets."""
     texts = list(sample_texts(seed=0, n=8000))
     texts += [message.text for messages in maths_conversations(data_root, "train") for message in messages]
     for row in sources.load("diasafety", data_root, "train"):
