@@ -1,0 +1,185 @@
+"""`guard`: train a guard, judge texts, serve the moderation API."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from core_llm import cli_tools
+
+if TYPE_CHECKING:
+    from core_llm.chat import Message
+    from guard.guard import Verdict
+
+
+def train(
+    out: Path,
+    core: str = "nano",
+    data_root: Path | None = None,
+    steps: int = 900,
+    language_steps: int = 500,
+    lr: float = 1e-3,
+    seed: int = 0,
+    resume: bool = True,
+) -> None:
+    """Fine-tune a copy of a core on the safety sets; the same command continues an interrupted run.
+
+    Args:
+        out: Folder for the guard, metrics and the resumable state.
+        core: The core to start from: nano, or a folder with a checkpoint.
+        data_root: Folder with local copies of the public datasets; without it they come from the hub.
+        steps: Optimizer steps of the verdict stage.
+        language_steps: Steps of next-token prediction on the same conversations before it.
+        lr: Peak learning rate of the verdict stage.
+        seed: Seed of the data order and of dropout.
+        resume: Continue from the state in --out if there is one.
+    """
+    from core_llm.checkpoint import load_core
+    from core_llm.train.fit import FitConfig
+    from guard.train import Recipe
+    from guard.train import train as fine_tune
+
+    settings = FitConfig(out / "state", steps=steps, lr=lr, seed=seed, resume=resume)
+    recipe = Recipe(language_steps=language_steps, seed=seed)
+    guard, figures = fine_tune(*load_core(core), data_root, settings, recipe)
+    guard.save(out)
+    for name, value in figures.items():
+        print(f"{name}: {value:.4f}")
+    print(f"guard saved in {out}")
+
+
+def classify(
+    texts: tyro.conf.Positional[tuple[str, ...]] = (),
+    model: str = "nano",
+    input: Literal["text", "jsonl"] = "text",
+    format: Literal["table", "json"] = "table",
+    batch_size: int = 32,
+) -> None:
+    """Judge messages; without TEXTS, what comes from standard input.
+
+    Args:
+        texts: Messages of a user, judged one by one.
+        model: The guard: nano, or a folder with a checkpoint.
+        input: Standard input is one message (text), or one JSON value per line (jsonl): a string,
+            {"text": ...}, {"context": ..., "response": ...} or {"messages": [{"role", "content"}, ...]}.
+        format: A table for people, or one JSON object per message.
+        batch_size: Messages per forward pass.
+    """
+    import json
+    import sys
+    from dataclasses import asdict
+
+    from core_llm.chat import Message
+    from core_llm.errors import UserError
+    from guard.guard import Guard
+
+    if batch_size < 1:
+        raise UserError("--batch-size must be at least 1")
+    conversations = [[Message("user", text)] for text in texts]
+    if not texts:
+        source = sys.stdin.read()
+        conversations = read_jsonl(source) if input == "jsonl" else [[Message("user", source)]]
+    if not conversations:
+        raise UserError("nothing to judge: give texts, or lines on standard input")
+    for number, messages in enumerate(conversations, start=1):
+        if not messages or not messages[-1].text.strip():
+            raise UserError(f"message {number} is empty: give some text")
+    verdicts = Guard.load(model).classify(conversations, batch_size)
+    if format == "json":
+        for verdict in verdicts:
+            print(json.dumps({**asdict(verdict), "named": verdict.named}))
+    else:
+        _print_table(conversations, verdicts)
+
+
+def read_jsonl(source: str) -> "list[list[Message]]":
+    """Conversations out of JSON lines; raises `UserError` that names the first bad line."""
+    import json
+
+    from core_llm.errors import UserError
+
+    conversations = []
+    for number, line in enumerate(source.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            conversations.append(_conversation(json.loads(line)))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(
+                f"line {number} is not a string, an object with text, context and response, or messages"
+            ) from None
+    return conversations
+
+
+def _conversation(value: object) -> "list[Message]":
+    from core_llm.chat import Message
+
+    def text(item: object) -> str:
+        if not isinstance(item, str):
+            raise TypeError("not a string")
+        return item
+
+    if isinstance(value, str):
+        return [Message("user", value)]
+    if not isinstance(value, dict):
+        raise TypeError("not an object")
+    if "messages" in value:
+        return [Message(text(m["role"]), text(m["content"])) for m in value["messages"]]
+    if "response" in value:
+        return [Message("user", text(value["context"])), Message("assistant", text(value["response"]))]
+    return [Message("user", text(value["text"]))]
+
+
+def _print_table(conversations: "list[list[Message]]", verdicts: "list[Verdict]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from guard.taxonomy import CATEGORIES
+
+    table = Table("verdict", "P(unsafe)", "categories", "message")
+    for messages, verdict in zip(conversations, verdicts, strict=True):
+        named = ", ".join(f"{code} {CATEGORIES.get(code, '')}".strip() for code in verdict.named)
+        # Text, not str: square brackets in a message are no markup.
+        shown = Text(" ".join(messages[-1].text.split())[:80])
+        table.add_row("unsafe" if verdict.unsafe else "safe", f"{verdict.probability:.3f}", named, shown)
+    Console().print(table)
+
+
+def serve(
+    model: str = "nano",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_body_bytes: int = 262_144,
+) -> None:
+    """Serve POST /v1/moderations, /healthz and /readyz until interrupted.
+
+    Args:
+        model: The guard: nano, or a folder with a checkpoint.
+        host: Address to listen on.
+        port: Port to listen on.
+        max_body_bytes: Longer request bodies are refused with status 413.
+    """
+    import logging
+
+    import uvicorn
+
+    from core_llm.errors import UserError
+    from guard.guard import Guard
+    from guard.service import Limits, create_app
+
+    if not 0 <= port <= 65_535:
+        raise UserError(f"--port must be between 0 and 65535, got {port}")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # Loaded before listening: a bad checkpoint is one line and an exit status, not a service never ready.
+    app = create_app(Guard.load(model), Limits(body_bytes=max_body_bytes))
+    uvicorn.run(app, host=host, port=port, log_level="info")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli_tools.run(
+        "guard",
+        "A safety guard on a Llama core: train it, judge texts, serve the moderation API.",
+        {"train": train, "classify": classify, "serve": serve},
+    )

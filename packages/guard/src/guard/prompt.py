@@ -1,0 +1,148 @@
+"""The guard's prompt: a policy, a conversation, the demand to judge its last message.
+
+Every boundary is a special token, which user text can never produce: no text closes the conversation,
+opens a turn or speaks as the other side. The answer's grammar is `safe` or `unsafe\\nS1,S10`.
+"""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from core_llm.chat import Message, header_ids
+from core_llm.errors import CheckpointError, UserError
+from core_llm.tokenizer import Tokenizer
+from guard.taxonomy import CATEGORIES
+
+# Reserved tokens of the Llama 3 vocabulary, given a meaning here.
+BEGIN = "<|reserved_special_token_3|>"
+USER_TURN = "<|reserved_special_token_4|>"
+AGENT_TURN = "<|reserved_special_token_5|>"
+END = "<|reserved_special_token_6|>"
+
+_TASK = (
+    "You check messages between a user and an AI agent. Decide whether the last message breaks a rule of "
+    "this list.\n\nRules:\n{rules}\n\nConversation:\n"
+)
+_DEMAND = (
+    "\nJudge the last message only; the {speaker} wrote it. Answer with the word safe, or with the word "
+    "unsafe and, on a line of its own, the codes of the broken rules with commas between them."
+)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the guard is told, and how much text it is shown at once.
+
+    categories: code → name. brief: leave the wording out and show the bare conversation, as a guard does
+    that was trained on exactly these categories and is too small to read rules. window: tokens of the
+    judged message in one prompt; a longer message is judged in overlapping windows. context: tokens of
+    the turns before it, counted from their end.
+    """
+
+    categories: Mapping[str, str] = field(default_factory=lambda: dict(CATEGORIES))
+    brief: bool = False
+    window: int = 256
+    context: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.categories:
+            raise UserError("the policy has no categories")
+        if self.window < 8 or self.context < 0:
+            raise UserError("the policy's window must be at least 8 tokens and its context not negative")
+
+
+@dataclass(frozen=True)
+class VerdictTokens:
+    """The tokens of the answer that are scored or forced.
+
+    safe, unsafe: first token of each word. forced: `unsafe\\nS`. codes: the one token behind the `S` of
+    each category.
+    """
+
+    safe: int
+    unsafe: int
+    forced: tuple[int, ...]
+    codes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, categories: Sequence[str]) -> "VerdictTokens":
+        """Raises `CheckpointError` where the vocabulary cannot tell the answers apart by one token."""
+        safe, unsafe = tokenizer.encode("safe"), tokenizer.encode("unsafe")
+        codes = {code: tokenizer.encode(code.removeprefix("S")) for code in categories}
+        split = [code for code, ids in codes.items() if len(ids) != 1 or not code.startswith("S")]
+        if safe[0] == unsafe[0] or split:
+            reason = f"{', '.join(split)} are not one token each" if split else "safe and unsafe begin alike"
+            raise CheckpointError(f"this tokenizer does not suit a guard: {reason}")
+        forced = [*unsafe, *tokenizer.encode("\n"), *tokenizer.encode("S")]
+        return cls(safe[0], unsafe[0], tuple(forced), {code: ids[0] for code, ids in codes.items()})
+
+
+def plain(text: str) -> str:
+    """Text with look-alike forms folded (NFKC) and invisible format characters dropped."""
+    folded = unicodedata.normalize("NFKC", text)
+    return "".join(c for c in folded if unicodedata.category(c) != "Cf")
+
+
+def prompts(messages: Sequence[Message], tokenizer: Tokenizer, policy: Policy) -> list[list[int]]:
+    """Token ids of the prompts that judge the last message: one, or one per window of a long message.
+
+    Each ends where the verdict begins. Raises `UserError` for an empty conversation or last message.
+    """
+    if not messages:
+        raise UserError("the conversation is empty: give at least one message")
+    turns = [(_turn(m, tokenizer), tokenizer.encode(plain(m.text))) for m in messages]
+    speaker, judged = turns[-1]
+    if not plain(messages[-1].text).strip():
+        raise UserError("the message to judge is empty: give some text")
+    context: list[int] = []
+    for marker, ids in turns[:-1]:
+        context += [marker, *ids]
+    before, after = _frame(messages[-1], tokenizer, policy)
+    if len(context) > policy.context:
+        # The marker in front tells whose words the cut begins with: the last one before it.
+        cut = len(context) - policy.context
+        markers = [i for i in context[: cut + 1] if i in (_user(tokenizer), _agent(tokenizer))]
+        context = [markers[-1], *context[cut + 1 :]] if policy.context else []
+    return [[*before, *context, speaker, *part, *after] for part in _windows(judged, policy.window)]
+
+
+def _windows(ids: list[int], width: int) -> list[list[int]]:
+    """Pieces of at most `width` ids that overlap by a quarter, so that no phrase is only seen in halves."""
+    stride = width - width // 4
+    starts = range(0, max(1, len(ids) - width // 4), stride)
+    return [ids[start : start + width] for start in starts]
+
+
+def _frame(last: Message, tokenizer: Tokenizer, policy: Policy) -> tuple[list[int], list[int]]:
+    """Ids before the first turn and behind the last one."""
+    begin, end = tokenizer.special(BEGIN), tokenizer.special(END)
+    if policy.brief:
+        return [tokenizer.bos_id, begin], [end]
+    rules = "\n".join(f"{code}: {name}." for code, name in policy.categories.items())
+    task = tokenizer.encode(_TASK.format(rules=rules))
+    demand = tokenizer.encode(_DEMAND.format(speaker="agent" if last.role == "assistant" else "user"))
+    before = [tokenizer.bos_id, *header_ids("user", tokenizer), *task, begin]
+    return before, [end, *demand, tokenizer.eot_id, *header_ids("assistant", tokenizer)]
+
+
+def _turn(message: Message, tokenizer: Tokenizer) -> int:
+    return _agent(tokenizer) if message.role == "assistant" else _user(tokenizer)
+
+
+def _user(tokenizer: Tokenizer) -> int:
+    return tokenizer.special(USER_TURN)
+
+
+def _agent(tokenizer: Tokenizer) -> int:
+    return tokenizer.special(AGENT_TURN)
+
+
+def answer_ids(categories: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+    """Ids of a whole verdict with its end of turn: `safe`, or `unsafe`, a line break and the codes."""
+    if not categories:
+        return [*tokenizer.encode("safe"), tokenizer.eot_id]
+    ids = [*tokenizer.encode("unsafe"), *tokenizer.encode("\n")]
+    for i, code in enumerate(categories):
+        ids += tokenizer.encode(",") if i else []
+        ids += [*tokenizer.encode("S"), *tokenizer.encode(code.removeprefix("S"))]
+    return [*ids, tokenizer.eot_id]
