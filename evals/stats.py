@@ -231,9 +231,9 @@ def edits(truth: Sequence[str], said: Sequence[str]) -> int:
 
 
 def no_evidence(name: str, score: Estimate, control: Estimate) -> bool:
-    """Whether a score lies within its control's interval, or on the wrong side of it."""
+    """Whether a score could be its control's: one lies in the other's interval, or the score is worse."""
     if np.isnan(score.value) or np.isnan(control.value):
         return False
     if name in LOWER_IS_BETTER:
-        return score.value >= control.low
-    return score.value <= control.high
+        return score.value >= control.low or score.high >= control.value
+    return score.value <= control.high or score.low <= control.value

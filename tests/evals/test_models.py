@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from core_llm.checkpoint import save_core
-from core_llm.errors import CheckpointError, UserError
+from core_llm.errors import CheckpointError, MediaError, UserError
 from core_llm.testing import tiny_core
 from evals import run, runner
 from evals.models import Subject, folders, load_assistant
@@ -96,3 +96,13 @@ def test_fingerprint_follows_the_weights(tiny_model: Path, tmp_path: Path) -> No
     assert Subject(tmp_path / "model").fingerprint(("core",)) == Subject(tiny_model).fingerprint(("core",))
     (tmp_path / "model" / "core" / "config.json").write_text("{}")
     assert Subject(tmp_path / "model").fingerprint(("core",)) != Subject(tiny_model).fingerprint(("core",))
+
+
+def test_corrupt_image_in_the_dataset_is_named(tiny_model: Path, data_root: Path, tmp_path: Path) -> None:
+    shutil.copytree(data_root / "easy_vqa", tmp_path / "data" / "easy_vqa")
+    (tmp_path / "data" / "easy_vqa" / "images" / "3.png").write_bytes(b"not an image")
+    options = Options(tmp_path / "data", "all")
+    output = tmp_path / "results.json"
+    with pytest.raises(MediaError, match=r"3\.png"):
+        run.run_tasks(find(["easy-vqa"]), str(tiny_model), options, tmp_path / "records", output)
+    assert not output.exists()

@@ -117,6 +117,7 @@ def test_score_inside_the_controls_interval_is_no_evidence() -> None:
     control = stats.Estimate(0.5, 0.4, 0.6)
     assert stats.no_evidence("accuracy", stats.Estimate(0.55, 0.5, 0.6), control)
     assert not stats.no_evidence("accuracy", stats.Estimate(0.8, 0.7, 0.9), control)
+    assert stats.no_evidence("accuracy", stats.Estimate(0.8, 0.45, 0.9), control)
     assert stats.no_evidence("wer", stats.Estimate(0.8, 0.7, 0.9), control)
     assert not stats.no_evidence("wer", stats.Estimate(0.2, 0.1, 0.3), control)
 
