@@ -127,5 +127,5 @@ def show(entries: Sequence[Entry]) -> None:
     console.print(table)
     if any(entry.get("no_evidence_against") for entry in entries):
         console.print(
-            "no evidence: score and control lie in each other's intervals, so it may owe nothing to the skill."
+            "no evidence: score and control cannot be told apart, so it may owe nothing to the skill."
         )
