@@ -93,7 +93,7 @@ def list_tasks() -> None:
 
 
 def reproduce_nano(
-    data_root: Path, out: Path = Path("runs/nano"), seed: int = 0, install: bool = True
+    data_root: Path | None = None, out: Path = Path("runs/nano"), seed: int = 0, install: bool = True
 ) -> None:
     """Train the nano family from scratch, install its weights, write its model cards and results.
 

@@ -112,3 +112,15 @@ def test_packing_an_endless_stream_ends() -> None:
             yield Document([1] * 7, [1.0] * 7)
 
     assert pack(endless(), width=10, windows=4, pad_id=0).tokens.sum() == 28
+
+
+def test_hub_rows_become_the_same_fields_as_local_ones() -> None:
+    audio = {"path": "7_theo_3.wav", "bytes": b"RIFF"}
+    (row,) = SOURCES["fsdd"].read_hub([{"audio": audio, "label": 7}], "train")
+    assert (row.id, row.group, row.fields["text"]) == ("fsdd-7_theo_3", "theo", "seven")
+    (nameless,) = SOURCES["fsdd"].read_hub([{"audio": {"path": None, "bytes": b"R"}, "label": 2}], "test")
+    assert nameless.split == "dev" and nameless.fields["text"] == "two"
+    hate = SOURCES["hate_speech"].read_hub([{"tweet": "hello", "class": 2}], "train")
+    assert next(iter(hate)).fields == {"text": "hello", "label": 2}
+    moderation = SOURCES["openai_moderation"].read_hub([{"prompt": "x", "H": 1, "S": 0}], "train")
+    assert next(iter(moderation)).fields["label"] == 1

@@ -246,6 +246,7 @@ def _write_folder(
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("README.md", "tokenizer.json", WEIGHTS, "config.json"):
             if (temporary / name).exists():
+                (temporary / name).chmod(0o644)  # safetensors creates its files readable by the owner alone
                 os.replace(temporary / name, folder / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

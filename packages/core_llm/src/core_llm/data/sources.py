@@ -147,24 +147,29 @@ def _easy_vqa_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
         yield Row(f"easy_vqa-{split}-{i}", f"{split}-{group}", fields, _declared(split))
 
 
-def _fsdd_row(stem: str, audio: Path | bytes) -> Row:
-    digit, speaker, _ = stem.split("_")
-    fields = {"text": _DIGITS[int(digit)], "digit": int(digit), "speaker": speaker, "audio": audio}
-    return Row(f"fsdd-{stem}", speaker, fields)
-
-
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def _fsdd_row(identity: str, digit: int, speaker: str, audio: Path | bytes, split: str | None = None) -> Row:
+    fields = {"text": _DIGITS[digit], "digit": digit, "speaker": speaker, "audio": audio}
+    return Row(f"fsdd-{identity}", speaker, fields, split)
 
 
 def _fsdd_local(folder: Path) -> Iterator[Row]:
     for path in sorted(folder.rglob("*.wav")):
-        yield _fsdd_row(path.stem, path)
+        digit, speaker, _ = path.stem.split("_")
+        yield _fsdd_row(path.stem, int(digit), speaker, path)
 
 
 def _fsdd_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
-    for row in rows:
+    for i, row in enumerate(rows):
         stem = Path(row["audio"]["path"] or "").stem
-        yield _fsdd_row(stem, row["audio"]["bytes"])
+        parts = stem.split("_")
+        if len(parts) == 3 and parts[0].isdigit():
+            yield _fsdd_row(stem, int(parts[0]), parts[1], row["audio"]["bytes"])
+        else:  # a copy without the original file names knows no speakers: its own split must do
+            audio = row["audio"]["bytes"]
+            yield _fsdd_row(f"{split}-{i}", int(row["label"]), f"{split}-unknown", audio, _declared(split))
 
 
 def _diasafety_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -278,7 +283,7 @@ _ALL = (
         title="Free Spoken Digit Dataset",
         licence="CC BY-SA 4.0",
         homepage="https://github.com/Jakobovski/free-spoken-digit-dataset",
-        hub=None,
+        hub=("mteb/free-spoken-digit-dataset", None),
         dev_fraction=0.2,
         read_local=_fsdd_local,
         read_hub=_fsdd_hub,
