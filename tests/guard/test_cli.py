@@ -111,3 +111,60 @@ def test_bad_json_line_is_named() -> None:
 
 def test_unicode_line_separators_stay_inside_a_message() -> None:
     assert read_jsonl('"a\u2028b"')[0][0].text == "a\u2028b"
+
+
+def make_data(root: Path) -> None:
+    """Generated rows in the layouts of all the sets that the guard trains on."""
+
+    def write(path: str, text: str) -> None:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+
+    def pair(i: int) -> str:
+        return json.dumps(
+            {
+                "context": f"question {i}",
+                "response": "red circle" if i % 2 else "blue circle",
+                "category": "Biased Opinion",
+                "label": "Unsafe" if i % 2 else "Safe",
+            }
+        )
+
+    write("diasafety/train.jsonl", "\n".join(pair(i) for i in range(60)))
+    write("diasafety/dev.jsonl", "\n".join(pair(i) for i in range(100, 120)))
+    prompts = [{"prompt": f"{'red' if i % 2 else 'blue'} number {i}", "H": i % 2} for i in range(80)]
+    write("openai_moderation/dev.jsonl", "\n".join(map(json.dumps, prompts)))
+    tweets = "\n".join(f"{i % 3},tweet {i}" for i in range(30))
+    write("hate_speech/labeled_data.csv", "class,tweet\n" + tweets)
+    ailuminate = "\n".join(f"do thing {i},hte" for i in range(30))
+    write("ailuminate/dev.csv", "prompt_text,hazard\n" + ailuminate)
+    tests = "\n".join(f"ask {i},Child safety" for i in range(30))
+    write("simple_safety_tests/test_cases.csv", "prompts_final,harm_area\n" + tests)
+    write("mitre_frr/mitre_frr.json", json.dumps([{"mutated_prompt": f"scan {i}"} for i in range(30)]))
+    maths = "\n".join(json.dumps({"question": f"add {i}", "answer": str(i)}) for i in range(30))
+    write("gsm8k/train.jsonl", maths)
+    write("gsm8k/test.jsonl", maths)
+
+
+def test_train_writes_a_guard_that_classifies_and_a_card_with_its_scores(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    make_data(tmp_path / "data")
+    out = tmp_path / "out"
+    flags = ("--steps", "6", "--language-steps", "3", "--data-root", str(tmp_path / "data"))
+    done = run("train", "--core", str(folder), "--out", str(out), *flags)
+    assert done.returncode == 0, done.stderr
+    assert "auprc_diasafety" in done.stdout and "tfidf_diasafety" in done.stdout
+    card = (out / "README.md").read_text()
+    assert "| diasafety | 20 | 0.500 |" in card and "--steps 6" in card and str(tmp_path) not in card
+    judged = run("classify", "hello", "--model", str(out), "--format", "json")
+    assert judged.returncode == 0 and "probability" in json.loads(judged.stdout)
+
+
+def test_train_without_a_dataset_says_which_one_and_leaves_nothing(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    out = tmp_path / "out"
+    done = run("train", "--core", str(folder), "--data-root", str(tmp_path / "data"), "--out", str(out))
+    assert done.returncode == 2 and "diasafety" in done.stderr and not out.exists()

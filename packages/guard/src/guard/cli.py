@@ -36,13 +36,16 @@ def train(
     """
     from core_llm.checkpoint import load_core
     from core_llm.train.fit import FitConfig
+    from guard import card
     from guard.train import Recipe
     from guard.train import train as fine_tune
 
     settings = FitConfig(out / "state", steps=steps, lr=lr, seed=seed, resume=resume)
     recipe = Recipe(language_steps=language_steps, seed=seed)
     guard, figures = fine_tune(*load_core(core), data_root, settings, recipe)
-    guard.save(out)
+    start = core if core == "nano" else "DIR"
+    flags = f"--steps {steps} --language-steps {language_steps} --lr {lr} --seed {seed}"
+    guard.save(out, card.write(f"guard train --core {start} {flags} --out DIR", figures))
     for name, value in figures.items():
         print(f"{name}: {value:.4f}")
     print(f"guard saved in {out}")

@@ -21,6 +21,7 @@ from guard import examples
 from guard.examples import Example
 from guard.guard import Guard
 from guard.prompt import Policy, VerdictTokens, answer_ids, prompts
+from guard.teacher import baseline_scores
 
 
 @dataclass(frozen=True)
@@ -275,11 +276,29 @@ def fine_tune(
 def train(
     core: Llama, tokenizer: Tokenizer, data_root: Path | None, config: FitConfig, recipe: Recipe
 ) -> tuple[Guard, dict[str, float]]:
-    """The nano recipe on all safety sets, evaluated on the dev rows at the end only."""
-    parts = [
-        (examples.load(name, data_root, recipe.teacher_weight), part.per_epoch)
-        for name, part in examples.MIXTURE.items()
-    ]
+    """The nano recipe on all safety sets, evaluated on the dev rows at the end only.
+
+    The figures hold the baseline of the same rows too, see `baselines`.
+    """
+    loaded = {name: examples.load(name, data_root, recipe.teacher_weight) for name in examples.MIXTURE}
+    parts = [(loaded[name], part.per_epoch) for name, part in examples.MIXTURE.items()]
     dev = ("diasafety", "openai_moderation")
     held_out = {name: examples.load(name, data_root, split="dev") for name in dev}
-    return fine_tune(core, tokenizer, parts, held_out, config, recipe, Policy(brief=True))
+    guard, figures = fine_tune(core, tokenizer, parts, held_out, config, recipe, Policy(brief=True))
+    for name, rows in held_out.items():
+        figures |= baselines(name, loaded[name], rows)
+    return guard, figures
+
+
+def baselines(name: str, rows: Sequence[Example], held_out: Sequence[Example]) -> dict[str, float]:
+    """What a score must be compared with: number of held-out rows, share of unsafe ones, TF-IDF's AUPRC."""
+    from sklearn.metrics import average_precision_score
+
+    labels = [int(e.unsafe) for e in held_out]
+    known = [int(e.unsafe) for e in rows]
+    scores = baseline_scores([e.pair for e in rows], known, [e.pair for e in held_out])
+    return {
+        f"rows_{name}": float(len(labels)),
+        f"base_rate_{name}": sum(labels) / len(labels),
+        f"tfidf_{name}": float(average_precision_score(labels, scores)),
+    }
