@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core_llm.errors import CheckpointError, UserError
-from evals import cards
+from evals import cards, readme
 from evals.results import write_text
 
 # All bundled weights together must stay below this in git.
@@ -77,6 +77,8 @@ def reproduce(data_root: Path | None, out: Path, seed: int, install: bool) -> No
     seconds["evaluation"] = time.perf_counter() - started
     for path in cards.write_all(out, docs, seed, seconds):
         print(f"model card: {path}")
+    if install:
+        readme.update(_root() / "README.md", sorted((docs / "results").glob("nano_*.json")))
     _show(seconds)
 
 
