@@ -1,11 +1,14 @@
 """The nano family from scratch: train every part, install the weights, measure them, write their cards."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from evals.results import write_text
 # All bundled weights together must stay below this in git.
 WEIGHT_LIMIT = 24_000_000  # bytes
 BUNDLED_TASKS = ("text-qa", "text-regression", "scenes", "spoken-digits", "spoken-scenes", "guard-basics")
+REPORT_SECONDS = 30.0  # between two lines of progress while several stages run
 DATASET_TASKS = (
     "text-perplexity",
     "easy-vqa",
@@ -61,8 +65,8 @@ def reproduce(data_root: Path | None, out: Path, seed: int, install: bool) -> No
         raise UserError(f"--data-root {data_root}: no such folder")
     out.mkdir(parents=True, exist_ok=True)
     plan = stages(data_root and data_root.resolve(), out.resolve(), seed)
-    for number, stage in enumerate(plan, start=1):
-        _train(stage, out, f"[{number}/{len(plan)}]")
+    _train(plan[0], out, None)  # the core first: everything else is trained on it
+    _train_side_by_side(plan[1:], out)
     model = "nano" if install else str(out)
     docs = _root() / "docs" if install else out / "docs"
     if install:
@@ -100,35 +104,69 @@ def _spent(stage: Stage, out: Path) -> dict[str, float]:
     return json.loads(path.read_text()) if path.exists() else {"seconds": 0.0, "done": 0}
 
 
-def _train(stage: Stage, out: Path, number: str) -> None:
+def _train(stage: Stage, out: Path, log: Path | None, threads: int | None = None) -> None:
     """Run a trainer unless it has finished; its wall time adds up over interruptions."""
     spent = _spent(stage, out)
     if spent["done"]:
-        print(f"{number} {stage.name}: finished before, {spent['seconds'] / 60:.1f} minutes")
+        print(f"{stage.name}: finished before, {spent['seconds'] / 60:.1f} minutes", flush=True)
         return
-    print(f"{number} {stage.name}", flush=True)
+    print(f"{stage.name}: training{f', see {log}' if log else ''}", flush=True)
     started = time.perf_counter()
     done = 0
     try:
-        _call(list(stage.command))
+        _call(list(stage.command), log, threads)
         done = 1
     finally:
         total = spent["seconds"] + time.perf_counter() - started
         write_text(out / f"{stage.name}.stage.json", json.dumps({"seconds": total, "done": done}) + "\n")
+    print(f"{stage.name}: finished, {total / 60:.1f} minutes", flush=True)
 
 
-def _call(command: list[str]) -> None:
-    """Run one of our console scripts of this very environment, its progress on our terminal."""
+def _train_side_by_side(plan: Sequence[Stage], out: Path) -> None:
+    """Run stages that do not need each other, one thread each: models this small gain little from more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    logs = [out / f"{stage.name}.log" for stage in plan]
+    with ThreadPoolExecutor(max_workers=min(cores, len(plan))) as pool:
+        running = [pool.submit(_train, stage, out, log, 1) for stage, log in zip(plan, logs, strict=True)]
+        while wait(running, timeout=REPORT_SECONDS).not_done:
+            for log in logs:
+                if progress := _last_line(log):
+                    print(f"  {log.stem}: {progress}", flush=True)
+    for future in running:
+        future.result()
+
+
+def _last_line(log: Path) -> str:
+    """The newest state of a trainer's progress bar."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - 2000))
+        text = stream.read().decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    return lines[-1][-160:] if lines else ""
+
+
+def _call(command: list[str], log: Path | None = None, threads: int | None = None) -> None:
+    """Run one of our console scripts of this very environment, its output on our terminal or in a log."""
     script = Path(sys.executable).with_name(command[0])
     executable = str(script) if script.exists() else shutil.which(command[0])
     if executable is None:
         raise UserError(f"{command[0]} is not installed in this environment")
     # Threads that wait must not spin: on few cores they would take them from the ones that work.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    done = subprocess.run([executable, *command[1:]], env=environment, check=False)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("a")) if log is not None else None
+        done = subprocess.run(
+            [executable, *command[1:]], env=environment, check=False, stdout=output, stderr=output
+        )
     if done.returncode:
+        reason = f": {_last_line(log)}" if log is not None else ""
         raise UserError(
-            f"`{command[0]} {command[1]}` failed with status {done.returncode}; the same command continues"
+            f"`{command[0]} {command[1]}` failed with status {done.returncode}{reason}; "
+            "the same command continues"
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from core_llm.errors import UserError
-from evals import reproduce
+from evals import readme, reproduce
 
 
 class Trainers:
@@ -18,7 +18,7 @@ class Trainers:
     def __init__(self, fails: str = "") -> None:
         self.fails, self.called = fails, list[str]()
 
-    def __call__(self, command: list[str]) -> None:
+    def __call__(self, command: list[str], log: Path | None = None, threads: int | None = None) -> None:
         flags = dict(zip(command[-len(command) :], command[1:], strict=False))
         self.called.append(command[0])
         if command[0] == self.fails:
@@ -38,7 +38,14 @@ class Trainers:
     @staticmethod
     def entry(task: str) -> dict[str, Any]:
         metrics = {"accuracy": {"value": 0.9, "ci95": [0.8, 1.0]}}
-        return {"task": task, "n": 10, "metrics": metrics, "controls": {}, "section": "text", "title": task}
+        return {
+            "task": task,
+            "n": 10,
+            "metrics": metrics,
+            "controls": {},
+            "section": "text",
+            "title": task,
+        } | {"provenance": {"command": f"evals run {task}"}}
 
 
 @pytest.fixture
@@ -46,6 +53,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source tree with empty packages."""
     for package in ("core_llm", "vision_adapter", "speech_adapter", "guard"):
         (tmp_path / "packages" / package / "src" / package).mkdir(parents=True)
+    (tmp_path / "README.md").write_text(f"{readme.BEGIN}\n{readme.END}\n")
     monkeypatch.setattr(reproduce, "_root", lambda: tmp_path)
     return tmp_path
 
@@ -54,7 +62,9 @@ def test_stages_weights_and_cards(tree: Path, tmp_path: Path, monkeypatch: pytes
     trainers = Trainers()
     monkeypatch.setattr(reproduce, "_call", trainers)
     reproduce.reproduce(tmp_path, tmp_path / "runs", seed=0, install=True)
-    assert trainers.called == ["core-llm", "vision-adapter", "speech-adapter", "guard", "evals", "evals"]
+    assert trainers.called[0] == "core-llm" and trainers.called[4:] == ["evals", "evals"]
+    assert sorted(trainers.called[1:4]) == ["guard", "speech-adapter", "vision-adapter"]
+    assert "0.900" in (tree / "README.md").read_text()
     for package in ("core_llm", "vision_adapter", "speech_adapter", "guard"):
         assert (tree / "packages" / package / "src" / package / "nano" / "model.safetensors").exists()
     card = (tree / "docs" / "model_cards" / "vision_adapter.md").read_text()
@@ -72,7 +82,7 @@ def test_failed_stage_is_repeated_and_finished_ones_are_not(
     rest = Trainers()
     monkeypatch.setattr(reproduce, "_call", rest)
     reproduce.reproduce(tmp_path, tmp_path / "runs", seed=0, install=True)
-    assert rest.called == ["speech-adapter", "guard", "evals", "evals"]
+    assert rest.called == ["speech-adapter", "evals", "evals"]
 
 
 def test_weights_beyond_the_limit_are_not_installed(
@@ -88,3 +98,10 @@ def test_weights_beyond_the_limit_are_not_installed(
 def test_failing_script_names_itself() -> None:
     with pytest.raises(UserError, match="evals run"):
         reproduce._call(["evals", "run", "no-such-task"])
+
+
+def test_last_line_is_the_newest_state_of_a_progress_bar(tmp_path: Path) -> None:
+    log = tmp_path / "stage.log"
+    assert reproduce._last_line(log) == ""
+    log.write_text("starting\nvision:   1%|\rvision:  50%|=====     \n\n")
+    assert reproduce._last_line(log) == "vision:  50%|====="
