@@ -98,6 +98,8 @@ def test_an_epoch_shows_every_row_once_and_is_a_function_of_the_step(guard: Guar
     assert sorted(map(id, shown)) == sorted(map(id, rows))
     assert again[9] == epochs[9] and again[3] == epochs[3]
     assert Epochs([(rows, None), (rows, 10)], 8, seed=1).length == 8
+    twice = Epochs([(rows[:4], 10)], 10, seed=1)[0]
+    assert all(2 <= sum(shown is row for shown in twice) <= 3 for row in rows[:4])
 
 
 def test_rows_carry_the_answer_behind_the_prompt(guard: Guard) -> None:

@@ -17,7 +17,7 @@ def train(
     core: str = "nano",
     data_root: Path | None = None,
     steps: int = 900,
-    language_steps: int = 500,
+    language_steps: int = 300,
     lr: float = 1e-3,
     seed: int = 0,
     resume: bool = True,

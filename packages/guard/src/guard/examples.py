@@ -85,7 +85,8 @@ def _prompt(text: str, unsafe: bool, code: str | None) -> Example:
 class Part:
     """A dataset of the mixture: how its rows become examples, how many per epoch, and whether it is taught.
 
-    A taught part is judged by the teacher too, so its targets are soft.
+    More per epoch than there are rows repeats them. A taught part is judged by the teacher too: its
+    targets are soft.
     """
 
     read: Callable[[Sequence[Row]], list[Example]]
@@ -95,7 +96,7 @@ class Part:
 
 MIXTURE: dict[str, Part] = {
     "diasafety": Part(diasafety, None, taught=True),
-    "openai_moderation": Part(openai_moderation, None, taught=True),
+    "openai_moderation": Part(openai_moderation, 1000, taught=True),
     "hate_speech": Part(hate_speech, 900),
     "ailuminate": Part(_ailuminate, 300),
     "simple_safety_tests": Part(_simple_safety_tests, 80),

@@ -31,7 +31,7 @@ class Recipe:
     Chosen on an inner split of the training data, not on the dev rows that are reported.
     """
 
-    language_steps: int = 700
+    language_steps: int = 300
     language_lr: float = 2e-3
     batch: int = 32
     teacher_weight: float = 0.5  # share of the teacher's opinion in the soft targets
@@ -87,14 +87,14 @@ def collate(rows: Sequence[EncodedRow], pad_id: int) -> Batch:
 class Epochs:
     """Batches of rows of like length, in an order that is a pure function of the step.
 
-    `parts` are (rows, how many of them per epoch); None takes all.
+    `parts` are (rows, how many of them per epoch); None takes all, more than there are repeats them.
     """
 
     def __init__(
         self, parts: Sequence[tuple[Sequence[EncodedRow], int | None]], size: int, seed: int
     ) -> None:
         self.parts, self.size, self.seed = parts, size, seed
-        self.length = -(-sum(min(n or len(rows), len(rows)) for rows, n in parts) // size)
+        self.length = -(-sum(n or len(rows) for rows, n in parts) // size)
         self._epoch = -1
         self._batches: list[list[EncodedRow]] = []
 
@@ -108,7 +108,8 @@ class Epochs:
         rng = random.Random(f"{self.seed}-{epoch}")
         chosen: list[EncodedRow] = []
         for rows, n in self.parts:
-            chosen += rows if n is None or n >= len(rows) else rng.sample(list(rows), n)
+            whole, rest = divmod(n or len(rows), len(rows))
+            chosen += [*list(rows) * whole, *rng.sample(list(rows), rest)]
         # Noise in the key: the same conversations should not meet in every epoch.
         chosen.sort(key=lambda row: len(row.ids) * rng.uniform(0.85, 1.15))
         batches = [chosen[i : i + self.size] for i in range(0, len(chosen), self.size)]
@@ -263,8 +264,9 @@ def fine_tune(
     model = copy.deepcopy(core).requires_grad_(True)
     encoded = [([encode(e, tokenizer, policy) for e in part], n) for part, n in parts]
     if recipe.language_steps:
-        # Reading needs no balance of verdicts: more of the large sets than the verdict stage takes.
-        everything = Epochs([(rows, n and 4 * n) for rows, n in encoded], recipe.batch, recipe.seed)
+        # Reading needs no balance of verdicts: more of the large sets, nothing twice.
+        amounts = [(rows, n and min(4 * n, len(rows))) for rows, n in encoded]
+        everything = Epochs(amounts, recipe.batch, recipe.seed)
         stage = replace(config, steps=recipe.language_steps, lr=recipe.language_lr, eval_every=0)
         fit(LanguageTask(model, tokenizer, everything), stage)
     epochs = Epochs(encoded, recipe.batch, recipe.seed)
