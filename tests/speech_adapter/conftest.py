@@ -16,6 +16,14 @@ def core_and_tokenizer() -> tuple[Llama, Tokenizer]:
 
 
 @pytest.fixture
-def adapter() -> SpeechAdapter:
+def adapter(core_and_tokenizer: tuple[Llama, Tokenizer]) -> SpeechAdapter:
+    """Every vector of 80 ms stands in the token stream."""
     torch.manual_seed(0)
-    return SpeechAdapter(small_config()).eval()
+    return SpeechAdapter(small_config(merge=False), core_and_tokenizer[0].embed_tokens.weight).eval()
+
+
+@pytest.fixture
+def merging_adapter(core_and_tokenizer: tuple[Llama, Tokenizer]) -> SpeechAdapter:
+    """Vectors that say the same token are merged."""
+    torch.manual_seed(0)
+    return SpeechAdapter(small_config(merge=True), core_and_tokenizer[0].embed_tokens.weight).eval()

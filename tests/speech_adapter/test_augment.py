@@ -1,7 +1,16 @@
 import numpy as np
 import torch
 
-from speech_adapter.augment import Augmentation, augment, change_speed, colour, join, mask_features
+from speech_adapter.augment import (
+    Augmentation,
+    augment,
+    change_speed,
+    colour,
+    join,
+    mask_features,
+    stretch_formants,
+)
+from speech_adapter.features import log_mel
 from speech_adapter.testing import chirp
 
 SETTINGS = Augmentation()
@@ -52,6 +61,18 @@ def test_joined_clips_keep_their_order() -> None:
     low, high = (np.full(100, value, np.float32) for value in (-0.5, 0.5))
     joined = join([low, high], np.random.default_rng(0))
     assert joined[:100].max() < 0 < joined[-100:].min()
+
+
+def test_stretching_moves_a_tone_to_a_lower_band_and_keeps_its_length() -> None:
+    time = torch.arange(8_000) / 16_000
+    features = log_mel(torch.sin(2 * torch.pi * 2_000 * time))[None]
+    higher = Augmentation(tract=(1.25, 1.25))
+    stretched = stretch_formants(features, np.random.default_rng(0), higher)
+    expected = log_mel(torch.sin(2 * torch.pi * 1_600 * time))
+    assert stretched.shape == features.shape
+    assert abs(int(stretched[0, 20].argmax()) - int(expected[20].argmax())) <= 1
+    same = stretch_formants(features, np.random.default_rng(0), Augmentation(tract=(1.0, 1.0)))
+    torch.testing.assert_close(same, features)
 
 
 def test_masks_leave_padding_and_the_original_alone() -> None:

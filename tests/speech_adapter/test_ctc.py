@@ -14,6 +14,22 @@ def test_a_vector_on_an_embedding_is_read_as_that_token() -> None:
     assert ctc.decode(frames, torch.tensor([2])) == [[7]]
 
 
+def test_merging_joins_what_says_the_same_and_drops_blanks() -> None:
+    torch.manual_seed(0)
+    table = torch.randn(50, 16)
+    ctc = EmbeddingCTC(table)
+    near = table[7] + 0.1
+    blank = ctc.blank.detach()
+    frames = torch.stack([blank, table[7], near, blank, table[7], table[3]])[None].requires_grad_()
+    (merged,) = ctc.merge(frames, torch.tensor([5]))
+    torch.testing.assert_close(merged, torch.stack([table[7] + 0.05, table[7]]))
+    merged.sum().backward()
+    assert frames.grad is not None
+    assert frames.grad[0].any(dim=-1).tolist() == [False, True, True, False, True, False]
+    (nothing,) = ctc.merge(blank.expand(1, 3, -1), torch.tensor([3]))
+    assert nothing.shape == (0, 16)
+
+
 def test_loss_is_small_for_the_right_text_and_large_for_another() -> None:
     torch.manual_seed(0)
     table = torch.randn(50, 16)

@@ -24,6 +24,7 @@ from core_llm.rope import inverse_frequencies, rotations
 from speech_adapter.audio import SAMPLE_RATE, decode
 from speech_adapter.config import SpeechConfig
 from speech_adapter.conformer import Conformer, RotaryAttention
+from speech_adapter.ctc import EmbeddingCTC
 from speech_adapter.features import HOP, N_FFT, N_MELS, level_scale, log_mel, n_frames
 
 KIND = "speech"
@@ -55,7 +56,8 @@ def n_tokens(n_samples: int, config: SpeechConfig) -> int:
     """Number of vectors that a clip of `n_samples` at 16 kHz puts into the token stream.
 
     With edges of 160 ms: ceil(ceil(floor(100 · (seconds + 0.32)) / 4) / 2) + 2, so 19 for one second and
-    12.5 more for each further one.
+    12.5 more for each further one. With `config.merge` this is the most that it can be: vectors that say the
+    same word are merged and those that say nothing dropped, which leaves about one per word.
     """
     frames = n_frames(_padded_length(n_samples, config))
     stacked = -(-frames // config.stack)
@@ -96,9 +98,11 @@ class SpeechAdapter(nn.Module):
 
     part: type = Audio
 
-    def __init__(self, config: SpeechConfig) -> None:
+    def __init__(self, config: SpeechConfig, embeddings: Tensor) -> None:
+        """`embeddings` [V, C]: the core's token embeddings, only read."""
         super().__init__()
         self.config = config
+        self.reader = EmbeddingCTC(embeddings)
         self.encoder = Conformer(config, N_MELS)
         self.projector = Projector(config)
 
@@ -147,10 +151,14 @@ class SpeechAdapter(nn.Module):
         return rotations(torch.arange(length, device=weight.device)[None], frequencies, weight.dtype)
 
     def place(self, memory: SpeechMemory) -> list[Tensor]:
-        """One [n, C] tensor per clip, its frames between the two boundary vectors."""
+        """One [n, C] tensor per clip, its vectors between the two boundary vectors."""
         begin, end = self.projector.begin[None], self.projector.end[None]
-        rows = zip(memory.vectors, memory.lengths.tolist(), strict=True)
-        return [torch.cat((begin, row[:length].to(begin.dtype), end)) for row, length in rows]
+        if self.config.merge:
+            rows = self.reader.merge(memory.vectors, memory.lengths)
+        else:
+            pairs = zip(memory.vectors, memory.lengths.tolist(), strict=True)
+            rows = [row[:length] for row, length in pairs]
+        return [torch.cat((begin, row.to(begin.dtype), end)) for row in rows]
 
     def interleave(self, memory: SpeechMemory, spans: Spans) -> Mapping[int, Callable[[Tensor], Tensor]]:
         """Speech needs the token stream only."""
@@ -168,6 +176,7 @@ def load(where: str | Path, core: Llama) -> SpeechAdapter:
     """
     directory = Path(__file__).parent / "nano" if str(where) == "nano" else Path(where)
     values, tensors = load_adapter(directory, KIND, core)
-    adapter = SpeechAdapter(SpeechConfig.from_dict(values, f"{directory}/config.json"))
+    config = SpeechConfig.from_dict(values, f"{directory}/config.json")
+    adapter = SpeechAdapter(config, core.embed_tokens.weight)
     load_strict(adapter, tensors, directory)
     return adapter.eval().requires_grad_(False)

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from speech_adapter.audio import SAMPLE_RATE
+from speech_adapter.features import band_centres
 
 Waveform = np.ndarray
 
@@ -25,8 +27,10 @@ class Augmentation:
     telephone: float = 0.5  # probability of cutting everything above about 4 kHz
     reverberation: float = 0.25
     noise: float = 0.7
-    noise_snr_db: tuple[float, float] = (6.0, 45.0)
+    noise_snr_db: tuple[float, float] = (3.0, 40.0)
+    cut_ms: float = 40.0  # at most this much is cut off each end, as hasty recordings do
     silence_ms: tuple[float, float] = (0.0, 350.0)  # added at each end
+    tract: tuple[float, float] = (0.88, 1.14)  # stretches formants alone, features only
     frequency_masks: int = 2
     frequency_width: int = 14  # mel bands
     time_masks: int = 2
@@ -87,6 +91,8 @@ def augment(
 
     Also returns where a time of the original (seconds) lies in the new clip.
     """
+    cut, cut_end = (rng.uniform(0.0, settings.cut_ms, size=2) * SAMPLE_RATE / 1000).astype(int)
+    samples = samples[cut : len(samples) - cut_end]
     factor = float(np.exp(rng.uniform(*np.log(settings.speed))))
     samples = change_speed(samples, factor)
     before, after = (rng.uniform(*settings.silence_ms, size=2) * SAMPLE_RATE / 1000).astype(int)
@@ -97,7 +103,7 @@ def augment(
         samples = add_noise(samples, rng, settings)
     samples = colour(samples, rng, settings)
     gain = np.float32(10.0 ** (rng.uniform(-24.0, 0.0) / 20.0))
-    return samples * gain, lambda seconds: seconds / factor + before / SAMPLE_RATE
+    return samples * gain, lambda seconds: (seconds - cut / SAMPLE_RATE) / factor + before / SAMPLE_RATE
 
 
 def join(clips: list[Waveform], rng: np.random.Generator) -> Waveform:
@@ -107,6 +113,25 @@ def join(clips: list[Waveform], rng: np.random.Generator) -> Waveform:
         level = np.float32(10.0 ** (rng.uniform(-8.0, 0.0) / 20.0) / (np.abs(clip).max() + 1e-6))
         parts += [clip * level, np.zeros(int(rng.uniform(0.02, 0.3) * SAMPLE_RATE), dtype=np.float32)]
     return np.concatenate(parts[:-1])
+
+
+def stretch_formants(log_mel: Tensor, rng: np.random.Generator, settings: Augmentation) -> Tensor:
+    """Move the bands of each clip of [P, F, 80] as a longer or shorter vocal tract would; a new tensor.
+
+    Unlike `change_speed` it leaves tempo and pitch alone (vocal tract length perturbation, Jaitly and Hinton
+    2013, with linear interpolation between bands).
+    """
+    hz = torch.from_numpy(band_centres())
+    bands = torch.arange(len(hz), dtype=torch.float32)
+    stretched = []
+    for clip in log_mel:
+        factor = float(np.exp(rng.uniform(*np.log(settings.tract))))
+        position = torch.from_numpy(np.interp(hz * factor, hz, bands)).float()
+        low = position.floor().long()
+        share = position - low
+        high = (low + 1).clamp(max=len(hz) - 1)
+        stretched.append(clip[:, low] * (1 - share) + clip[:, high] * share)
+    return torch.stack(stretched)
 
 
 def mask_features(

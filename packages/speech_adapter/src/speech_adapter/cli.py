@@ -15,8 +15,8 @@ def train(
     core: str = "nano",
     data_root: Path | None = None,
     out: Path = Path("runs/speech_adapter"),
-    steps: int = 1200,
-    lr: float = 2e-3,
+    steps: int = 1700,
+    lr: float = 3e-3,
     seed: int = 0,
 ) -> None:
     """Train a speech adapter for a frozen core, on recorded digits and espeak speech.
@@ -25,8 +25,8 @@ def train(
         core: "nano" (bundled) or a folder with a core.
         data_root: folder with local copies of the datasets (it holds fsdd/); the hub where absent.
         out: where the adapter, its training state and the synthesised speech go; a second call resumes.
-        steps: training steps; the first part is CTC alone.
-        lr: peak learning rate.
+        steps: training steps of both stages together.
+        lr: peak learning rate of the first stage; the second has half of it.
         seed: of the synthesised texts, the augmentation and the initial weights.
     """
     if steps < 1 or lr <= 0:

@@ -28,7 +28,8 @@ class SpeechConfig:
     output_scale: float = 1.0  # standard deviation of the core's embeddings: the outputs stand among them
     rope_theta: float = 10_000.0
     dropout: float = 0.0  # while training only
-    range_decades: float = 6.0  # dynamic range of the features below the clip's loudest band
+    merge: bool = True  # vectors that say the same token, and drop those that say none (see `n_tokens`)
+    range_decades: float = 5.0  # dynamic range of the features below the clip's loudest band
     edge_ms: int = 160  # silence added at both ends, so that the shortest word has room for its tokens
     max_seconds: float = 60.0  # longer clips are refused
 
@@ -59,6 +60,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "nano": {},
     "llama-3": {
         "dim": 1536, "n_layers": 24, "n_heads": 24, "ffn_dim": 4096,
-        "adapter_dim": 3072, "adapter_heads": 24, "adapter_ffn_dim": 4096,
+        "adapter_dim": 3072, "adapter_heads": 24, "adapter_ffn_dim": 4096, "merge": False,
     },
 }  # fmt: skip

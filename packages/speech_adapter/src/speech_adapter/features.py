@@ -27,11 +27,20 @@ def _to_hz(mel: np.ndarray) -> np.ndarray:
     return np.where(mel < _BREAK_MEL, mel * _LINEAR_HZ_PER_MEL, above)
 
 
+def _band_edges() -> np.ndarray:
+    top = _BREAK_MEL + np.log(SAMPLE_RATE / 2 / _BREAK_HZ) / _LOG_STEP
+    return _to_hz(np.linspace(0.0, top, N_MELS + 2))
+
+
+def band_centres() -> np.ndarray:
+    """Centre frequencies of the bands in Hz, [80]."""
+    return _band_edges()[1:-1]
+
+
 @lru_cache(maxsize=1)
 def mel_filters() -> Tensor:
     """Triangular filters of equal area on Slaney's mel scale from 0 to 8 kHz, fp32 [80, 201]."""
-    top = _BREAK_MEL + np.log(SAMPLE_RATE / 2 / _BREAK_HZ) / _LOG_STEP
-    edges = _to_hz(np.linspace(0.0, top, N_MELS + 2))
+    edges = _band_edges()
     bins = np.linspace(0.0, SAMPLE_RATE / 2, N_FFT // 2 + 1)
     rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]

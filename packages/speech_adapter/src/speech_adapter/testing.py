@@ -12,7 +12,7 @@ def chirp(seconds: float, rate: int = 16_000, seed: int = 0) -> np.ndarray:
     return (0.3 * np.sin(2 * np.pi * (200 + 300 * time) * time) + 0.01 * noise).astype(np.float32)
 
 
-def small_config(core_dim: int = 64) -> SpeechConfig:
+def small_config(core_dim: int = 64, merge: bool = True) -> SpeechConfig:
     """An adapter that runs in milliseconds, for `core_llm.testing.tiny_core`."""
     return SpeechConfig(
         core_dim,
@@ -23,4 +23,5 @@ def small_config(core_dim: int = 64) -> SpeechConfig:
         adapter_dim=48,
         adapter_heads=2,
         adapter_ffn_dim=64,
+        merge=merge,
     )

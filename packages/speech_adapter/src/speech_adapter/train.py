@@ -1,7 +1,9 @@
-"""Training of the speech adapter on a frozen core.
+"""Training of the speech adapter on a frozen core, in two stages.
 
-First CTC alone (`warmup_steps`): the outputs learn to be the embeddings of what is said. Then the core's own
-loss on recognition and on spoken questions, with CTC beside it.
+1. Listening (`EncoderTask`), without a core: CTC against a random vector per token, and espeak's phonemes.
+   It depends on the tokenizer only, so one listening encoder serves every core of a family.
+2. Speaking the core's language (`CoreTask`): CTC against the core's own embeddings, so that the outputs
+   become what the core reads as text; then also the core's own loss on recognition and spoken questions.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from core_llm.tokenizer import Tokenizer
 from core_llm.train.fit import FitConfig, fit
 from speech_adapter.adapter import SpeechAdapter, SpeechInputs, SpeechMemory
 from speech_adapter.audio import SAMPLE_RATE
-from speech_adapter.augment import Augmentation, augment, join, mask_features
+from speech_adapter.augment import Augmentation, augment, join, mask_features, stretch_formants
+from speech_adapter.card import model_card
 from speech_adapter.config import SpeechConfig
 from speech_adapter.corpus import (
     Corpus,
@@ -34,15 +37,17 @@ from speech_adapter.corpus import (
     interleaved,
     recorded_digits,
 )
-from speech_adapter.ctc import EmbeddingCTC, PhonemeHead
+from speech_adapter.ctc import PhonemeHead
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What a batch holds and how the two losses are weighed; steps and learning rate are FitConfig's."""
 
-    warmup_fraction: float = 0.5  # of all steps: CTC alone
-    ctc_weight: float = 0.3  # beside the core's loss
+    listening_fraction: float = 0.6  # of all steps: the first stage
+    align_fraction: float = 0.15  # of the second stage: CTC alone, until the outputs resemble embeddings
+    core_lr_scale: float = 0.5  # learning rate of the second stage
+    ctc_weight: float = 0.5  # beside the core's loss
     recorded: int = 18  # clips of each kind per two steps
     digits: int = 10
     phrases: int = 6
@@ -84,7 +89,8 @@ class RecordingAdapter:
     def preprocess(self, parts: Sequence[Any]) -> SpeechInputs:
         """Features under SpecAugment."""
         inputs = self.adapter.preprocess(parts)
-        masked = mask_features(inputs.log_mel, inputs.frames, self.rng, self.settings)
+        stretched = stretch_formants(inputs.log_mel, self.rng, self.settings)
+        masked = mask_features(stretched, inputs.frames, self.rng, self.settings)
         return SpeechInputs(masked, inputs.frames)
 
     def encode(self, inputs: SpeechInputs) -> SpeechMemory:
@@ -101,36 +107,32 @@ class RecordingAdapter:
         return self.adapter.interleave(memory, spans)
 
 
-class SpeechTask:
-    """A `core_llm.train.fit.Task`: only the adapter and the CTC blank are trained."""
+class EncoderTask:
+    """First stage, a `core_llm.train.fit.Task`: hear phonemes and tokens, whatever core will read them."""
 
-    name = "speech"
+    name = "speech-listening"
 
     def __init__(
         self,
         adapter: SpeechAdapter,
-        core: Llama,
         tokenizer: Tokenizer,
         corpus: Corpus,
         held_out: Mapping[str, Sequence[Spoken]],
         recipe: Recipe,
-        steps: int,
         seed: int,
     ) -> None:
-        self.adapter, self.core, self.tokenizer = adapter, core, tokenizer
+        self.adapter, self.tokenizer = adapter, tokenizer
         self.corpus, self.held_out, self.recipe, self.seed = corpus, held_out, recipe, seed
-        self.warmup_steps = round(steps * recipe.warmup_fraction)
-        self.ctc = EmbeddingCTC(core.embed_tokens.weight)
         self.phonemes = PhonemeHead(adapter.config.dim, corpus.inventory())
         self._pair: tuple[int, list[Example]] | None = None
         self.recorded = [(speaker, clips) for speaker, clips in sorted(corpus.recorded.items())]
 
     def modules(self) -> Mapping[str, nn.Module]:
         """What a resume restores."""
-        return {"adapter": self.adapter, "ctc": self.ctc, "phonemes": self.phonemes}
+        return {"adapter": self.adapter, "phonemes": self.phonemes}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Adapter and blank; the core is frozen."""
+        """Adapter and phoneme head; a core has none here."""
         return [{"params": [p for module in self.modules().values() for p in module.parameters()]}]
 
     def batch(self, step: int) -> SpeechBatch:
@@ -178,27 +180,21 @@ class SpeechTask:
         return Spoken(samples, text, first.prompt, text)
 
     def loss(self, batch: SpeechBatch) -> tuple[Tensor, dict[str, float]]:
-        """CTC alone during warm-up, then the core's cross-entropy plus weighted CTC."""
+        """CTC over tokens plus cross-entropy over phonemes."""
+        view, parts = self._view(batch)
+        memory = view.encode(view.preprocess(parts))
+        return self._hearing(batch, memory)
+
+    def _view(self, batch: SpeechBatch) -> tuple[RecordingAdapter, list[Audio]]:
         rng = np.random.default_rng((self.seed, batch.step, 1))
         view = RecordingAdapter(self.adapter, rng, self.recipe.augmentation)
-        parts = [Audio(example.waveform, SAMPLE_RATE) for example in batch.examples]
-        figures: dict[str, float] = {}
-        total = torch.zeros(())
-        if batch.step < self.warmup_steps:
-            view.encode(view.preprocess(parts))
-            weight = 1.0
-        else:
-            assistant = Assistant(self.core, self.tokenizer, [view])
-            pairs = zip(batch.examples, parts, strict=True)
-            total = assistant.loss([conversation(example.clip, part) for example, part in pairs])
-            figures["core_loss"] = total.item()
-            weight = self.recipe.ctc_weight
-        assert view.memory is not None
+        return view, [Audio(example.waveform, SAMPLE_RATE) for example in batch.examples]
+
+    def _hearing(self, batch: SpeechBatch, memory: SpeechMemory) -> tuple[Tensor, dict[str, float]]:
         targets = [self.tokenizer.encode(" " + example.clip.text) for example in batch.examples]
-        ctc = self.ctc.loss(view.memory.vectors, view.memory.lengths, targets)
-        phonemes = self.phonemes.loss(view.memory.hidden, self._labels(batch, view.memory))
-        figures.update(ctc_loss=ctc.item(), phoneme_loss=phonemes.item())
-        return total + weight * (ctc + phonemes), figures
+        ctc = self.adapter.reader.loss(memory.vectors, memory.lengths, targets)
+        phonemes = self.phonemes.loss(memory.hidden, self._labels(batch, memory))
+        return ctc + phonemes, {"ctc_loss": ctc.item(), "phoneme_loss": phonemes.item()}
 
     def _labels(self, batch: SpeechBatch, memory: SpeechMemory) -> list[list[int] | None]:
         offset = self.adapter.config.edge_ms / 1000
@@ -212,33 +208,75 @@ class SpeechTask:
         return labels
 
     def evaluate(self) -> dict[str, float]:
-        """Word error rates (CTC and core) and accuracy of answers on held-out clips."""
+        """Figures on held-out clips, each with the name of its set."""
         figures: dict[str, float] = {}
         for name, clips in self.held_out.items():
-            figures.update({f"{name}_{key}": value for key, value in self._score(clips).items()})
+            figures.update({f"{name}_{key}": value for key, value in self.score(clips).items()})
         return figures
 
-    def _score(self, clips: Sequence[Spoken], size: int = 50) -> dict[str, float]:
+    def score(self, clips: Sequence[Spoken], size: int = 50) -> dict[str, float]:
+        """Word error rate of greedy CTC, without a core."""
+        import jiwer
+
+        heard: list[str] = []
+        for i in range(0, len(clips), size):
+            parts = [Audio(clip.waveform(), SAMPLE_RATE) for clip in clips[i : i + size]]
+            memory = self.adapter.encode(self.adapter.preprocess(parts))
+            spelled = self.adapter.reader.decode(memory.vectors, memory.lengths)
+            heard += [self.tokenizer.decode(ids).strip() for ids in spelled]
+        return {"ctc_wer": jiwer.wer([clip.text for clip in clips], heard)}
+
+
+class CoreTask(EncoderTask):
+    """Second stage: what the frozen core reads. The first `align_steps` are CTC alone."""
+
+    name = "speech"
+
+    def __init__(
+        self,
+        adapter: SpeechAdapter,
+        core: Llama,
+        tokenizer: Tokenizer,
+        corpus: Corpus,
+        held_out: Mapping[str, Sequence[Spoken]],
+        recipe: Recipe,
+        align_steps: int,
+        seed: int,
+    ) -> None:
+        super().__init__(adapter, tokenizer, corpus, held_out, recipe, seed)
+        self.core, self.align_steps = core, align_steps
+
+    def loss(self, batch: SpeechBatch) -> tuple[Tensor, dict[str, float]]:
+        """The core's cross-entropy on its answers, plus what the first stage measures."""
+        if batch.step < self.align_steps:
+            return super().loss(batch)
+        view, parts = self._view(batch)
+        pairs = zip(batch.examples, parts, strict=True)
+        answering = Assistant(self.core, self.tokenizer, [view]).loss(
+            [conversation(example.clip, part) for example, part in pairs]
+        )
+        assert view.memory is not None
+        hearing, figures = self._hearing(batch, view.memory)
+        return answering + self.recipe.ctc_weight * hearing, {"core_loss": answering.item(), **figures}
+
+    def score(self, clips: Sequence[Spoken], size: int = 50) -> dict[str, float]:
+        """Also what the core answers: word error rate, the same with the clips shuffled, and exact match."""
         import jiwer
 
         assistant = Assistant(self.core, self.tokenizer, [self.adapter])
-        heard: list[str] = []
         answers: list[str] = []
         for i in range(0, len(clips), size):
-            part = [(clip, Audio(clip.waveform(), SAMPLE_RATE)) for clip in clips[i : i + size]]
-            memory = self.adapter.encode(self.adapter.preprocess([audio for _, audio in part]))
-            spelled = self.ctc.decode(memory.vectors, memory.lengths)
-            heard += [self.tokenizer.decode(ids).strip() for ids in spelled]
-            asked = [conversation(clip, audio)[:-1] for clip, audio in part]
+            asked = [
+                conversation(clip, Audio(clip.waveform(), SAMPLE_RATE))[:-1] for clip in clips[i : i + size]
+            ]
             answers += assistant.generate(asked, Sampling(max_new_tokens=24))
-        texts, wanted = [clip.text for clip in clips], [clip.answer for clip in clips]
-        shuffled = answers[1:] + answers[:1] if len(set(wanted)) > 1 else answers
-        right = [answer.lower() == clip.answer for answer, clip in zip(answers, clips, strict=True)]
+        wanted = [clip.answer for clip in clips]
+        order = np.random.default_rng(0).permutation(len(clips))
         return {
-            "ctc_wer": jiwer.wer(texts, heard),
+            **super().score(clips, size),
             "wer": jiwer.wer(wanted, answers),
-            "wer_shuffled": jiwer.wer(wanted, shuffled),
-            "accuracy": float(np.mean(right)),
+            "wer_shuffled": jiwer.wer(wanted, [answers[i] for i in order]),
+            "accuracy": float(np.mean([a.lower() == w for a, w in zip(answers, wanted, strict=True)])),
         }
 
 
@@ -269,12 +307,36 @@ def train(
         "digits": interleaved(recorded_digits(data_root, "dev"), 200),
         "questions": held_out_questions(150, cache_dir),
     }
+    listening_steps = round(steps * recipe.listening_fraction)
     torch.manual_seed(seed)
-    scale = float(core.embed_tokens.weight.std())
-    adapter = SpeechAdapter(SpeechConfig(core_dim=core.config.dim, output_scale=scale))
-    task = SpeechTask(adapter, core, tokenizer, corpus, held_out, recipe, steps, seed)
-    figures = fit(task, FitConfig(out=out, steps=steps, lr=lr, warmup=min(100, steps // 5 + 1), seed=seed))
+    codes = torch.randn(core.config.vocab_size, core.config.dim)
+    listener = SpeechAdapter(SpeechConfig(core_dim=core.config.dim), codes)
+    first = EncoderTask(listener, tokenizer, corpus, held_out, recipe, seed)
+    fit(first, _fit_config(out, listening_steps, lr, seed))
+
+    embeddings = core.embed_tokens.weight
+    config = SpeechConfig(core_dim=core.config.dim, output_scale=float(embeddings.std()))
+    adapter = SpeechAdapter(config, embeddings)
+    core_steps = steps - listening_steps
+    align_steps = round(core_steps * recipe.align_fraction)
+    task = CoreTask(adapter, core, tokenizer, corpus, held_out, recipe, align_steps, seed + 1)
+    _hand_over(first, task)
+    figures = fit(task, _fit_config(out, core_steps, lr * recipe.core_lr_scale, seed))
     if core_hash(core) != before:
         raise RuntimeError("training changed the frozen core")
-    adapter.save(out, core)
+    shown = core_dir if core_dir == "nano" else "DIR"  # no path of this machine in a published card
+    command = f"speech-adapter train --core {shown} --steps {steps} --lr {lr:g} --seed {seed}"
+    adapter.save(out, core, model_card(adapter, figures, command, seed))
     return figures
+
+
+def _fit_config(out: Path, steps: int, lr: float, seed: int) -> FitConfig:
+    return FitConfig(out=out, steps=steps, lr=lr, warmup=min(80, steps // 5 + 1), save_every=100, seed=seed)
+
+
+def _hand_over(first: EncoderTask, second: EncoderTask) -> None:
+    """Continue with all that the first stage learned, except what belongs to its random vectors."""
+    own = ("reader.", "projector.out.", "projector.begin", "projector.end")
+    learned = {k: v for k, v in first.adapter.state_dict().items() if not k.startswith(own)}
+    second.adapter.load_state_dict(learned, strict=False)
+    second.phonemes.load_state_dict(first.phonemes.state_dict())
