@@ -33,7 +33,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name.endswith("gate"):
             torch.nn.init.ones_(parameter)
     vision.save(root / "vision_adapter", core)
-    SpeechAdapter(SpeechConfig(core_dim=core.config.dim)).save(root / "speech_adapter", core)
+    SpeechAdapter(SpeechConfig(core_dim=core.config.dim), core.embed_tokens.weight).save(
+        root / "speech_adapter", core
+    )
     return root
 
 
