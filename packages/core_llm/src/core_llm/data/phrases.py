@@ -78,16 +78,16 @@ def _vary(text: str, rng: random.Random) -> str:
     return text.rstrip("?") if rng.random() < 0.1 else text
 
 
-def scene_conversation(rng: random.Random) -> list[Message]:
-    """A described scene and questions about it, one to three turns."""
-    scene = sample_scene(rng, rng.choices(KINDS, (5, 4, 1))[0])
+def scene_conversation(rng: random.Random, several: bool = True) -> list[Message]:
+    """A described scene (with `several`, also one of several shapes) and one to four questions about it."""
+    scene = sample_scene(rng, rng.choices(KINDS, (5, 4 if several else 0, 1))[0])
     description = describe(scene, rng)
     if rng.random() < 0.1:
         return [
             Message("user", f"{description} {DESCRIBE_PROMPT}"),
             Message("assistant", describe(scene, rng)),
         ]
-    asked = questions(scene, rng, rng.choice((1, 1, 2, 3)))
+    asked = questions(scene, rng, rng.choice((1, 2, 3, 4)))
     separator = rng.choice((" ", " ", "\n", ""))
     first = description + separator + _vary(asked[0].text, rng)
     conversation = [Message("user", first), Message("assistant", asked[0].answer)]
@@ -117,10 +117,12 @@ def counting_conversation(rng: random.Random) -> list[Message]:
     return [Message("user", _vary(text, rng)), Message("assistant", answer)]
 
 
-def sample_conversation(rng: random.Random) -> list[Message]:
-    """One training conversation of the nano core's own world."""
-    makers = (scene_conversation, repeat_conversation, counting_conversation)
-    return rng.choices(makers, (7, 3, 0.5))[0](rng)
+def sample_conversation(rng: random.Random, several: bool = True) -> list[Message]:
+    """One training conversation of the nano core's own world; without `several`, its easier part."""
+    kind = rng.choices(("scene", "repeat", "counting"), (7, 3, 0.5))[0]
+    if kind == "scene":
+        return scene_conversation(rng, several)
+    return repeat_conversation(rng) if kind == "repeat" else counting_conversation(rng)
 
 
 def sample_texts(seed: int, n: int) -> Iterator[str]:

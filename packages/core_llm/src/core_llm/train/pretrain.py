@@ -4,7 +4,7 @@ Axes: B windows, T positions in a window.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from core_llm.train.fit import FitConfig, fit
 
 # Every token that the assistant says is a target; of all other text only this share, drawn at random,
 # because the head over the vocabulary is a third of the work.
-CONTEXT_SHARE = 0.3
+CONTEXT_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,11 @@ class PretrainConfig:
     """Sizes of the run: tokens per step = windows × width."""
 
     windows: int = 32
-    width: int = 192
-    pool: int = 60_000  # distinct conversations of the project's own world
-    maths_share: float = 0.15  # share of documents that are grade-school maths
+    width: int = 144
+    pool: int = 40_000  # distinct conversations of the project's own world, easy ones and all kinds each
+    easy_steps: int = 400  # first steps on scenes of one shape alone: short texts, many answers
+    easy_share: float = 0.35  # of such conversations afterwards
+    maths_share: float = 0.04  # share of documents that are grade-school maths
     seed: int = 0
 
 
@@ -79,7 +81,10 @@ class PretrainTask:
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         rng = random.Random(f"pretrain-{config.seed}")
-        self.own = [document(sample_conversation(rng), tokenizer, rng) for _ in range(config.pool)]
+        self.easy, self.own = (
+            [document(sample_conversation(rng, several), tokenizer, rng) for _ in range(config.pool)]
+            for several in (False, True)
+        )
         self.maths = [document(m, tokenizer, rng) for m in maths_conversations(data_root, "train")]
         held_out = random.Random("held-out")  # a seed that no training run uses
         self.held_out = [document(sample_conversation(held_out), tokenizer, held_out) for _ in range(400)]
@@ -93,12 +98,15 @@ class PretrainTask:
         return [{"params": list(self.model.parameters())}]
 
     def batch(self, step: int) -> Packed:
-        """Windows of the step, drawn from both pools."""
+        """Windows of the step, drawn from the pools."""
         rng = random.Random(f"{self.config.seed}-{step}")
+        config = self.config
+        easy = 1.0 if step < config.easy_steps else config.easy_share
+        shares = (config.maths_share, (1 - config.maths_share) * easy, (1 - config.maths_share) * (1 - easy))
 
-        def stream() -> Any:
+        def stream() -> Iterator[Document]:
             while True:
-                yield rng.choice(self.maths if rng.random() < self.config.maths_share else self.own)
+                yield rng.choice(rng.choices((self.maths, self.easy, self.own), shares)[0])
 
         return pack(stream(), self.config.width, self.config.windows, self.tokenizer.pad_id)
 
