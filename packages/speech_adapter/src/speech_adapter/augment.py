@@ -29,7 +29,7 @@ class Augmentation:
     noise: float = 0.7
     noise_snr_db: tuple[float, float] = (3.0, 40.0)
     cut_ms: float = 40.0  # at most this much is cut off each end, as hasty recordings do
-    silence_ms: tuple[float, float] = (0.0, 350.0)  # added at each end
+    silence_ms: tuple[float, float] = (0.0, 200.0)  # added at each end
     tract: tuple[float, float] = (0.88, 1.14)  # stretches formants alone, features only
     frequency_masks: int = 2
     frequency_width: int = 14  # mel bands
@@ -55,13 +55,13 @@ def colour(samples: Waveform, rng: np.random.Generator, settings: Augmentation) 
         gain[hz > rng.uniform(3300.0, 4000.0)] = 0.0
         if rng.random() < 0.3:
             gain[hz < rng.uniform(50.0, 300.0)] *= 0.1
-    return np.fft.irfft(spectrum * gain, n)[: len(samples)].astype(np.float32)
+    return np.fft.irfft(spectrum * gain.astype(np.float32), n)[: len(samples)].astype(np.float32)
 
 
 def reverberate(samples: Waveform, rng: np.random.Generator) -> Waveform:
     """Convolve with a synthetic room: the direct sound and exponentially decaying noise of 50 to 350 ms."""
     n = int(SAMPLE_RATE * rng.uniform(0.05, 0.35))
-    room = rng.standard_normal(n) * np.exp(-6.9 * np.arange(n) / n)
+    room = rng.standard_normal(n, dtype=np.float32) * np.exp(-6.9 * np.arange(n) / n).astype(np.float32)
     room *= rng.uniform(0.1, 0.7) / np.sqrt(np.sum(room**2))
     room[0] = 1.0
     size = 1 << int(np.ceil(np.log2(len(samples) + n)))
@@ -72,8 +72,9 @@ def reverberate(samples: Waveform, rng: np.random.Generator) -> Waveform:
 def coloured_noise(n: int, rng: np.random.Generator) -> Waveform:
     """Noise with a power spectrum of 1/f^a, a from 0 (white) to 2 (brown), unit power, float32 [n]."""
     size = 1 << int(np.ceil(np.log2(max(n, 2))))
-    spectrum = np.fft.rfft(rng.standard_normal(size))
-    spectrum *= np.maximum(np.arange(len(spectrum)), 1.0) ** (-rng.uniform(0.0, 1.0))
+    spectrum = np.fft.rfft(rng.standard_normal(size, dtype=np.float32))
+    tilt = -rng.uniform(0.0, 1.0)  # half the exponent of the power
+    spectrum *= np.exp(tilt * np.log(np.arange(1, len(spectrum) + 1, dtype=np.float32)))
     noise = np.fft.irfft(spectrum, size)[:n]
     return (noise / (noise.std() + 1e-12)).astype(np.float32)
 
@@ -121,17 +122,17 @@ def stretch_formants(log_mel: Tensor, rng: np.random.Generator, settings: Augmen
     Unlike `change_speed` it leaves tempo and pitch alone (vocal tract length perturbation, Jaitly and Hinton
     2013, with linear interpolation between bands).
     """
-    hz = torch.from_numpy(band_centres())
-    bands = torch.arange(len(hz), dtype=torch.float32)
-    stretched = []
-    for clip in log_mel:
-        factor = float(np.exp(rng.uniform(*np.log(settings.tract))))
-        position = torch.from_numpy(np.interp(hz * factor, hz, bands)).float()
-        low = position.floor().long()
-        share = position - low
-        high = (low + 1).clamp(max=len(hz) - 1)
-        stretched.append(clip[:, low] * (1 - share) + clip[:, high] * share)
-    return torch.stack(stretched)
+    hz = band_centres()
+    bands = np.arange(len(hz))
+    mix = np.zeros((len(log_mel), len(hz), len(hz)), dtype=np.float32)
+    for matrix in mix:
+        factor = np.exp(rng.uniform(*np.log(settings.tract)))
+        position = np.interp(hz * factor, hz, bands)
+        low = position.astype(int)
+        matrix[low, bands] = 1.0 - (position - low)
+        matrix[np.minimum(low + 1, len(hz) - 1), bands] += position - low
+    with torch.autocast(log_mel.device.type, enabled=False):
+        return log_mel @ torch.from_numpy(mix)
 
 
 def mask_features(
