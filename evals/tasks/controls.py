@@ -8,8 +8,8 @@ from core_llm.chat import Message, Part
 from evals.digests import part_digest
 from evals.tasks.base import Control, Options, Output, Sample
 
-# A control need not be as precise as the score: this many rows give an interval of about +-1.5 points.
-CONTROL_ROWS = 4000
+# A control need not be as precise as the score: this many rows give an interval of about +-2.5 points.
+CONTROL_ROWS = 1500
 
 
 def shuffled(kind: type, name: str) -> Control:
