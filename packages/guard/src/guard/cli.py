@@ -16,8 +16,8 @@ def train(
     out: Path,
     core: str = "nano",
     data_root: Path | None = None,
-    steps: int = 900,
-    language_steps: int = 300,
+    steps: int = 750,
+    language_steps: int = 250,
     lr: float = 1e-3,
     seed: int = 0,
     resume: bool = True,
@@ -40,7 +40,7 @@ def train(
     from guard.train import Recipe
     from guard.train import train as fine_tune
 
-    settings = FitConfig(out / "state", steps=steps, lr=lr, seed=seed, resume=resume)
+    settings = FitConfig(out / "state", steps=steps, lr=lr, seed=seed, resume=resume, save_every=50)
     recipe = Recipe(language_steps=language_steps, seed=seed)
     guard, figures = fine_tune(*load_core(core), data_root, settings, recipe)
     start = core if core == "nano" else "DIR"

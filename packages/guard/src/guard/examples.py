@@ -55,8 +55,16 @@ def openai_moderation(rows: Sequence[Row]) -> list[Example]:
 
 
 def hate_speech(rows: Sequence[Row]) -> list[Example]:
-    """A tweet as a user's message; hateful (0) and offensive (1) ones are unsafe, 2 is neither."""
-    return [_prompt(row.fields["text"], row.fields["label"] != 2, "S10") for row in rows]
+    """A tweet as a user's message; hateful (0) and offensive (1) ones are unsafe, 2 is neither.
+
+    Five in six are unsafe: so many of these are left out that half remains, or the guard would learn
+    that tweets are unsafe.
+    """
+    made = [_prompt(row.fields["text"], row.fields["label"] != 2, "S10") for row in rows]
+    safe = sum(not e.unsafe for e in made)
+    unsafe = [e for e in made if e.unsafe]
+    stride = max(1, len(unsafe) // max(1, safe))
+    return [e for e in made if not e.unsafe] + unsafe[::stride]
 
 
 def _ailuminate(rows: Sequence[Row]) -> list[Example]:
@@ -96,7 +104,7 @@ class Part:
 
 MIXTURE: dict[str, Part] = {
     "diasafety": Part(diasafety, None, taught=True),
-    "openai_moderation": Part(openai_moderation, 1000, taught=True),
+    "openai_moderation": Part(openai_moderation, 1600, taught=True),
     "hate_speech": Part(hate_speech, 900),
     "ailuminate": Part(_ailuminate, 300),
     "simple_safety_tests": Part(_simple_safety_tests, 80),
