@@ -8,7 +8,18 @@ import pytest
 
 from core_llm.data.packing import Document, pack
 from core_llm.data.phrases import sample_conversation, spoken_phrase
-from core_llm.data.scenes import COLORS, KINDS, NUMBERS, SHAPES, SKILLS, describe, questions, sample_scene
+from core_llm.data.scenes import (
+    COLORS,
+    KINDS,
+    NUMBERS,
+    SHAPES,
+    SKILLS,
+    checklist,
+    describe,
+    presence_questions,
+    questions,
+    sample_scene,
+)
 from core_llm.data.sources import SOURCES, load, split_of
 from core_llm.errors import DataError
 
@@ -124,3 +135,16 @@ def test_hub_rows_become_the_same_fields_as_local_ones() -> None:
     assert next(iter(hate)).fields == {"text": "hello", "label": 2}
     moderation = SOURCES["openai_moderation"].read_hub([{"prompt": "x", "H": 1, "S": 0}], "train")
     assert next(iter(moderation)).fields["label"] == 1
+
+
+def test_checklist_tells_the_truth_about_everything_that_is_asked() -> None:
+    rng = random.Random(3)
+    for _ in range(200):
+        scene = sample_scene(rng, "several")
+        asked = presence_questions(scene, rng)
+        entries = dict(entry.split(": ") for entry in checklist(scene, asked, rng).rstrip(".").split(", "))
+        present = {value for item in scene.items for value in (item.color, item.shape)}
+        assert all((said == "yes") == (value in present) for value, said in entries.items())
+        assert all(
+            word in entries for q in asked for word in q.text.rstrip("?").split() if word in COLORS_AND_SHAPES
+        )

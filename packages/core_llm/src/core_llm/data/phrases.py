@@ -13,7 +13,9 @@ from core_llm.data.scenes import (
     SHAPES,
     WORDS,
     article,
+    checklist,
     describe,
+    presence_questions,
     questions,
     sample_scene,
 )
@@ -91,6 +93,23 @@ def scene_conversation(rng: random.Random, several: bool = True) -> list[Message
     separator = rng.choice((" ", " ", "\n", ""))
     first = description + separator + _vary(asked[0].text, rng)
     conversation = [Message("user", first), Message("assistant", asked[0].answer)]
+    for question in asked[1:]:
+        conversation += [Message("user", _vary(question.text, rng)), Message("assistant", question.answer)]
+    return conversation
+
+
+def checklist_conversation(rng: random.Random) -> list[Message]:
+    """A list of what is there and what is not, and yes-or-no questions.
+
+    To compare a question with a description is hard for a small model; to look an entry up is not, and an
+    adapter can put what a list says just where the core learns to look.
+    """
+    scene = sample_scene(rng, rng.choices(("single", "several"), (5, 4))[0])
+    asked = presence_questions(scene, rng)
+    known = checklist(scene, asked, rng)
+    if rng.random() < 0.4:
+        known = f"{describe(scene, rng)} {known}"
+    conversation = [Message("user", f"{known} {asked[0].text}"), Message("assistant", asked[0].answer)]
     for question in asked[1:]:
         conversation += [Message("user", _vary(question.text, rng)), Message("assistant", question.answer)]
     return conversation

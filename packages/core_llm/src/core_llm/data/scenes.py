@@ -105,6 +105,21 @@ def questions(scene: Scene, rng: random.Random, n: int = 4) -> list[Question]:
     return [rng.choice(makers)(scene.items, rng) for _ in range(n)]
 
 
+def presence_questions(scene: Scene, rng: random.Random, n: int = 4) -> list[Question]:
+    """n questions of easy-VQA's yes-or-no kinds about a scene of shapes."""
+    return [_presence(scene.items, rng) for _ in range(n)]
+
+
+def checklist(scene: Scene, asked: Sequence[Question], rng: random.Random) -> str:
+    """Which colours and shapes are there, spelled out for all that the questions ask for and some others."""
+    words = {word for question in asked for word in question.text.rstrip("?").split()}
+    every = [*COLORS, *SHAPES]
+    listed = [value for value in every if value in words or rng.random() < 0.2]
+    rng.shuffle(listed)
+    present = {value for item in scene.items for value in (item.color, item.shape)}
+    return ", ".join(f"{value}: {'yes' if value in present else 'no'}" for value in listed) + "."
+
+
 def _word_question(word: str, rng: random.Random) -> Question:
     text = rng.choice(
         ("what word is written?", "what does the sign say?", "read the word.", "which word is in the image?")

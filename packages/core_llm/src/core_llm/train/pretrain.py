@@ -17,7 +17,7 @@ from core_llm.chat import Message, render
 from core_llm.config import LlamaConfig
 from core_llm.data import sources
 from core_llm.data.packing import Document, Packed, pack
-from core_llm.data.phrases import sample_conversation, sample_texts
+from core_llm.data.phrases import checklist_conversation, sample_conversation, sample_texts
 from core_llm.kernels import Mask
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
@@ -37,6 +37,8 @@ class PretrainConfig:
     pool: int = 40_000  # distinct conversations of the project's own world, easy ones and all kinds each
     easy_steps: int = 400  # first steps on scenes of one shape alone: short texts, many answers
     easy_share: float = 0.35  # of such conversations afterwards
+    checklist_from: int = 750  # step from which lists of what is there are among the texts
+    checklist_share: float = 0.4
     maths_share: float = 0.04  # share of documents that are grade-school maths
     seed: int = 0
 
@@ -86,6 +88,7 @@ class PretrainTask:
             for several in (False, True)
         )
         self.maths = [document(m, tokenizer, rng) for m in maths_conversations(data_root, "train")]
+        self.lists = [document(checklist_conversation(rng), tokenizer, rng) for _ in range(config.pool // 2)]
         held_out = random.Random("held-out")  # a seed that no training run uses
         self.held_out = [document(sample_conversation(held_out), tokenizer, held_out) for _ in range(400)]
 
@@ -102,11 +105,16 @@ class PretrainTask:
         rng = random.Random(f"{self.config.seed}-{step}")
         config = self.config
         easy = 1.0 if step < config.easy_steps else config.easy_share
-        shares = (config.maths_share, (1 - config.maths_share) * easy, (1 - config.maths_share) * (1 - easy))
+        pools, shares = (
+            [self.maths, self.easy, self.own],
+            [config.maths_share, (1 - config.maths_share) * easy, (1 - config.maths_share) * (1 - easy)],
+        )
+        if step >= config.checklist_from:
+            pools, shares = [*pools, self.lists], [*shares, config.checklist_share]
 
         def stream() -> Iterator[Document]:
             while True:
-                yield rng.choice(rng.choices((self.maths, self.easy, self.own), shares)[0])
+                yield rng.choice(rng.choices(pools, shares)[0])
 
         return pack(stream(), self.config.width, self.config.windows, self.tokenizer.pad_id)
 
