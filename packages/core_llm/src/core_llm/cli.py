@@ -9,7 +9,7 @@ def pretrain(
     out: Path,
     preset: str = "nano",
     data_root: Path | None = None,
-    steps: int = 3000,
+    steps: int = 1300,
     lr: float = 3e-3,
     seed: int = 0,
     resume: bool = True,
@@ -20,7 +20,7 @@ def pretrain(
         out: Folder for the checkpoint, metrics.jsonl and the resumable state.
         preset: Shape of the core, such as nano.
         data_root: Folder with local copies of the public datasets; without it they come from the hub.
-        steps: Optimizer steps.
+        steps: Optimizer steps of the general stage; the nano recipe adds a stage on presence.
         lr: Peak learning rate.
         seed: Seed of weights and data order.
         resume: Continue from the state in --out if there is one.

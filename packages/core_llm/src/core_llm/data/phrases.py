@@ -115,6 +115,17 @@ def checklist_conversation(rng: random.Random) -> list[Message]:
     return conversation
 
 
+def presence_conversation(rng: random.Random, negated_share: float) -> list[Message]:
+    """One described shape and four yes-or-no questions about what is there."""
+    scene = sample_scene(rng, "single")
+    asked = presence_questions(scene, rng, 4, negated_share)
+    first = f"{describe(scene, rng)} {asked[0].text}"
+    conversation = [Message("user", first), Message("assistant", asked[0].answer)]
+    for question in asked[1:]:
+        conversation += [Message("user", _vary(question.text, rng)), Message("assistant", question.answer)]
+    return conversation
+
+
 def repeat_conversation(rng: random.Random) -> list[Message]:
     """The recognition prompt of the Llama 3 paper (section 8), with text where audio will stand."""
     phrase = spoken_phrase(rng)

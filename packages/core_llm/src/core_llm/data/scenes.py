@@ -105,9 +105,11 @@ def questions(scene: Scene, rng: random.Random, n: int = 4) -> list[Question]:
     return [rng.choice(makers)(scene.items, rng) for _ in range(n)]
 
 
-def presence_questions(scene: Scene, rng: random.Random, n: int = 4) -> list[Question]:
+def presence_questions(
+    scene: Scene, rng: random.Random, n: int = 4, negated_share: float = 0.3
+) -> list[Question]:
     """n questions of easy-VQA's yes-or-no kinds about a scene of shapes."""
-    return [_presence(scene.items, rng) for _ in range(n)]
+    return [_presence(scene.items, rng, negated_share) for _ in range(n)]
 
 
 def checklist(scene: Scene, asked: Sequence[Question], rng: random.Random) -> str:
@@ -144,7 +146,7 @@ def _attribute(items: Sequence[Item], rng: random.Random) -> Question:
     return Question(text, item.shape, "shape")
 
 
-def _presence(items: Sequence[Item], rng: random.Random) -> Question:
+def _presence(items: Sequence[Item], rng: random.Random, negated_share: float = 0.3) -> Question:
     by_color = rng.random() < 0.6
     present = {item.color if by_color else item.shape for item in items}
     every = COLORS if by_color else SHAPES
@@ -154,7 +156,7 @@ def _presence(items: Sequence[Item], rng: random.Random) -> Question:
     noun = f"{value} shape" if by_color else value
     # Were half of the questions negated, neither presence nor negation alone would tell anything about the
     # answer, and a small model finds no way into such an exclusive-or.
-    if rng.random() < 0.7:
+    if rng.random() < 1 - negated_share:
         text = rng.choice(
             (
                 f"is a {noun} present?",

@@ -5,7 +5,7 @@ Axes: B windows, T positions in a window.
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,12 @@ from core_llm.chat import Message, render
 from core_llm.config import LlamaConfig
 from core_llm.data import sources
 from core_llm.data.packing import Document, Packed, pack
-from core_llm.data.phrases import checklist_conversation, sample_conversation, sample_texts
+from core_llm.data.phrases import (
+    checklist_conversation,
+    presence_conversation,
+    sample_conversation,
+    sample_texts,
+)
 from core_llm.kernels import Mask
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
@@ -40,6 +45,9 @@ class PretrainConfig:
     checklist_from: int = 750  # step from which lists of what is there are among the texts
     checklist_share: float = 0.4
     maths_share: float = 0.04  # share of documents that are grade-school maths
+    presence_steps: int = 700  # of the second stage
+    presence_windows: int = 20
+    presence_lr: float = 2e-3
     seed: int = 0
 
 
@@ -128,6 +136,44 @@ class PretrainTask:
         return {"held_out_loss": packed_loss(self.model, windows).item()}
 
 
+class PresenceTask(PretrainTask):
+    """The second stage: is something there? First asked plainly, then in the negative too.
+
+    In the general mix this never takes off: the answer is the parity of two comparisons. Asked densely,
+    without negation, it is learned in a few hundred steps, and negation then only has to flip it.
+    """
+
+    name = "pretrain-presence"
+
+    def __init__(
+        self, model: Llama, tokenizer: Tokenizer, config: PretrainConfig, data_root: Path | None
+    ) -> None:
+        super().__init__(model, tokenizer, config, data_root)
+        rng = random.Random(f"presence-{config.seed}")
+        self.plain, self.negated = (
+            [document(presence_conversation(rng, share), tokenizer, rng) for _ in range(config.pool // 4)]
+            for share in (0.0, 0.5)
+        )
+
+    def batch(self, step: int) -> Packed:
+        """Windows of the step: plain questions, then negated ones, then ever more of the general mix."""
+        rng = random.Random(f"presence-{self.config.seed}-{step}")
+        progress = step / self.config.presence_steps
+        pools = [self.plain, self.negated, self.own, self.lists, self.maths]
+        if progress < 0.4:
+            shares = [0.85, 0.0, 0.15, 0.0, 0.0]
+        elif progress < 0.65:
+            shares = [0.35, 0.35, 0.25, 0.05, 0.0]
+        else:
+            shares = [0.05, 0.35, 0.5, 0.05, 0.05]
+
+        def stream() -> Iterator[Document]:
+            while True:
+                yield rng.choice(rng.choices(pools, shares)[0])
+
+        return pack(stream(), self.config.width, self.config.presence_windows, self.tokenizer.pad_id)
+
+
 def packed_loss(model: Llama, batch: Packed) -> Tensor:
     """Cross-entropy in nats per token of packed windows, weighted per target."""
     hidden = model.hidden(batch.tokens, mask=Mask.packed(batch.documents))
@@ -155,4 +201,7 @@ def pretrain(
     model = Llama(config).initialise(run.seed)
     torch.manual_seed(run.seed)
     figures = fit(PretrainTask(model, tokenizer, run, data_root), fit_config)
+    if run.presence_steps:
+        stage = replace(fit_config, steps=run.presence_steps, lr=run.presence_lr)
+        figures = fit(PresenceTask(model, tokenizer, run, data_root), stage)
     return model, tokenizer, figures
