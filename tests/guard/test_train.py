@@ -12,7 +12,9 @@ from guard import examples
 from guard.examples import Example
 from guard.guard import Guard
 from guard.prompt import Policy
+from guard.taxonomy import CATEGORIES
 from guard.teacher import baseline_scores, out_of_fold
+from guard.templates import FRAMES, HARMFUL, HARMLESS, REFUSALS
 from guard.train import Epochs, Recipe, VerdictTask, collate, encode, fine_tune, language_loss
 
 POLICY = Policy(brief=True, window=32, context=32)
@@ -151,3 +153,18 @@ def test_fine_tuning_learns_and_leaves_the_core_alone(guard: Guard, tmp_path: Pa
     assert max(verdicts[0].categories, key=lambda c: verdicts[0].categories[c]) == "S10"
     assert all(torch.equal(p, before[name]) for name, p in guard.core.named_parameters())
     assert not any(p.requires_grad for p in guard.core.parameters())
+
+
+def test_generated_requests_are_a_function_of_the_seed_and_cover_every_category() -> None:
+    made = examples.templates(1500, seed=3)
+    assert made == examples.templates(1500, seed=3) != examples.templates(1500, seed=4)
+    assert {e.code for e in made} == {None, *CATEGORIES}
+    assert all(e.unsafe == (e.code is not None) for e in made)
+    assert 0.2 < np.mean([e.unsafe for e in made]) < 0.5
+    refusals = [e for e in made if e.messages[-1].text in REFUSALS]
+    assert refusals and not any(e.unsafe for e in refusals)
+
+
+def test_every_sentence_stands_around_harmless_and_harmful_aims() -> None:
+    assert not set(HARMLESS) & {aim for aims in HARMFUL.values() for aim in aims}
+    assert all(frame.count("{}") == 1 for frame in FRAMES)

@@ -37,6 +37,8 @@ training rows; the base rate is what a coin would get.
 |---|---|---|
 {sources}
 
+And requests that the project generates: the same sentences around harmless and harmful aims.
+
 ## Limits
 
 It has learnt which words and turns of phrase people marked as unsafe in these English sets; it has little

@@ -1,7 +1,9 @@
 """Training conversations of the guard out of the safety sets, each with a target and a category."""
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from core_llm.chat import Message
@@ -9,6 +11,7 @@ from core_llm.data import sources
 from core_llm.data.sources import Row
 from guard import taxonomy
 from guard.teacher import out_of_fold
+from guard.templates import requests
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,25 @@ class Part:
 
 MIXTURE: dict[str, Part] = {
     "diasafety": Part(diasafety, None, taught=True),
-    "openai_moderation": Part(openai_moderation, 1600, taught=True),
+    "openai_moderation": Part(openai_moderation, 800, taught=True),
     "hate_speech": Part(hate_speech, 900),
     "ailuminate": Part(_ailuminate, 300),
     "simple_safety_tests": Part(_simple_safety_tests, 80),
     "mitre_frr": Part(_mitre_frr, 250),
     "gsm8k": Part(_gsm8k, 250),
 }
+
+
+# Generated conversations per epoch, and how many distinct ones there are.
+TEMPLATES_PER_EPOCH = 1200
+TEMPLATES = 6000
+
+
+def templates(n: int, seed: int) -> list[Example]:
+    """Generated requests, see `guard.templates`."""
+    stream = requests(random.Random(f"templates-{seed}"))
+    drawn = islice(stream, n)
+    return [Example(messages, code is not None, float(code is not None), code) for messages, code in drawn]
 
 
 def load(

@@ -31,7 +31,7 @@ class Recipe:
     Chosen on an inner split of the training data, not on the dev rows that are reported.
     """
 
-    language_steps: int = 250
+    language_steps: int = 450
     language_lr: float = 2e-3
     batch: int = 32
     teacher_weight: float = 0.5  # share of the teacher's opinion in the soft targets
@@ -284,6 +284,7 @@ def train(
     """
     loaded = {name: examples.load(name, data_root, recipe.teacher_weight) for name in examples.MIXTURE}
     parts = [(loaded[name], part.per_epoch) for name, part in examples.MIXTURE.items()]
+    parts.append((examples.templates(examples.TEMPLATES, recipe.seed), examples.TEMPLATES_PER_EPOCH))
     dev = ("diasafety", "openai_moderation")
     held_out = {name: examples.load(name, data_root, split="dev") for name in dev}
     guard, figures = fine_tune(core, tokenizer, parts, held_out, config, recipe, Policy(brief=True))
