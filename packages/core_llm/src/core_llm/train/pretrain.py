@@ -45,16 +45,21 @@ class PretrainConfig:
     checklist_from: int = 750  # step from which lists of what is there are among the texts
     checklist_share: float = 0.4
     maths_share: float = 0.04  # share of documents that are grade-school maths
-    presence_steps: int = 700  # of the second stage
-    presence_windows: int = 20
+    presence_steps: int = 800  # of the second stage
+    presence_windows: int = 16
     presence_lr: float = 2e-3
     seed: int = 0
 
 
-def document(messages: Sequence[Message], tokenizer: Tokenizer, rng: random.Random) -> Document:
+def document(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    rng: random.Random,
+    context_share: float = CONTEXT_SHARE,
+) -> Document:
     """A conversation as a packed document."""
     rendered = render(messages, tokenizer, generation_prompt=False)
-    weights = [float(said or rng.random() < CONTEXT_SHARE) for said in rendered.loss_mask]
+    weights = [float(said or rng.random() < context_share) for said in rendered.loss_mask]
     return Document(rendered.ids, weights)
 
 
@@ -139,8 +144,9 @@ class PretrainTask:
 class PresenceTask(PretrainTask):
     """The second stage: is something there? First asked plainly, then in the negative too.
 
-    In the general mix this never takes off: the answer is the parity of two comparisons. Asked densely,
-    without negation, it is learned in a few hundred steps, and negation then only has to flip it.
+    In the general mix this never takes off: the answer is the parity of two comparisons, and its gradient
+    drowns in that of the rest. Asked alone, without negation, it is learned in a few hundred steps; negation
+    then only has to flip it, and the general mix comes back last.
     """
 
     name = "pretrain-presence"
@@ -151,7 +157,10 @@ class PresenceTask(PretrainTask):
         super().__init__(model, tokenizer, config, data_root)
         rng = random.Random(f"presence-{config.seed}")
         self.plain, self.negated = (
-            [document(presence_conversation(rng, share), tokenizer, rng) for _ in range(config.pool // 4)]
+            [
+                document(presence_conversation(rng, share), tokenizer, rng, 0.0)
+                for _ in range(config.pool // 4)
+            ]
             for share in (0.0, 0.5)
         )
 
@@ -160,10 +169,10 @@ class PresenceTask(PretrainTask):
         rng = random.Random(f"presence-{self.config.seed}-{step}")
         progress = step / self.config.presence_steps
         pools = [self.plain, self.negated, self.own, self.lists, self.maths]
-        if progress < 0.4:
-            shares = [0.85, 0.0, 0.15, 0.0, 0.0]
-        elif progress < 0.65:
-            shares = [0.35, 0.35, 0.25, 0.05, 0.0]
+        if progress < 0.45:
+            shares = [1.0, 0.0, 0.0, 0.0, 0.0]
+        elif progress < 0.7:
+            shares = [0.2, 0.6, 0.2, 0.0, 0.0]
         else:
             shares = [0.05, 0.35, 0.5, 0.05, 0.05]
 
@@ -202,6 +211,6 @@ def pretrain(
     torch.manual_seed(run.seed)
     figures = fit(PretrainTask(model, tokenizer, run, data_root), fit_config)
     if run.presence_steps:
-        stage = replace(fit_config, steps=run.presence_steps, lr=run.presence_lr)
+        stage = replace(fit_config, steps=run.presence_steps, lr=run.presence_lr, warmup=20)
         figures = fit(PresenceTask(model, tokenizer, run, data_root), stage)
     return model, tokenizer, figures
