@@ -22,19 +22,19 @@ Waveform = np.ndarray
 class Augmentation:
     """How hard to augment; the probabilities are per clip."""
 
-    speed: tuple[float, float] = (0.78, 1.28)  # resampling: moves tempo, pitch and formants together
-    equaliser_db: float = 9.0  # largest gain of the random equaliser, either way
+    speed: tuple[float, float] = (0.83, 1.18)  # resampling: moves tempo, pitch and formants together
+    equaliser_db: float = 6.0  # largest gain of the random equaliser, either way
     telephone: float = 0.5  # probability of cutting everything above about 4 kHz
-    reverberation: float = 0.25
-    noise: float = 0.7
-    noise_snr_db: tuple[float, float] = (3.0, 40.0)
-    cut_ms: float = 40.0  # at most this much is cut off each end, as hasty recordings do
+    reverberation: float = 0.15
+    noise: float = 0.6
+    noise_snr_db: tuple[float, float] = (8.0, 40.0)
+    cut_ms: float = 30.0  # at most this much is cut off each end, as hasty recordings do
     silence_ms: tuple[float, float] = (0.0, 200.0)  # added at each end
     tract: tuple[float, float] = (0.88, 1.14)  # stretches formants alone, features only
     frequency_masks: int = 2
-    frequency_width: int = 14  # mel bands
-    time_masks: int = 2
-    time_width: float = 0.08  # of the clip
+    frequency_width: int = 8  # mel bands
+    time_masks: int = 1
+    time_width: float = 0.06  # of the clip
 
 
 def change_speed(samples: Waveform, factor: float) -> Waveform:

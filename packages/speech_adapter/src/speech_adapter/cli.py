@@ -15,7 +15,7 @@ def train(
     core: str = "nano",
     data_root: Path | None = None,
     out: Path = Path("runs/speech_adapter"),
-    steps: int = 1300,
+    steps: int = 1380,
     lr: float = 3e-3,
     seed: int = 0,
 ) -> None:

@@ -44,11 +44,11 @@ from speech_adapter.ctc import PhonemeHead
 class Recipe:
     """What a batch holds and how the two losses are weighed; steps and learning rate are FitConfig's."""
 
-    listening_fraction: float = 0.6  # of all steps: the first stage
-    align_fraction: float = 0.15  # of the second stage: CTC alone, until the outputs resemble embeddings
+    listening_fraction: float = 0.565  # of all steps: the first stage
+    align_fraction: float = 0.12  # of the second stage: CTC alone, until the outputs resemble embeddings
     core_lr_scale: float = 0.5  # learning rate of the second stage
     ctc_weight: float = 0.5  # beside the core's loss
-    recorded: int = 18  # clips of each kind per two steps
+    recorded: int = 20  # clips of each kind per two steps
     digits: int = 10
     phrases: int = 6
     questions: int = 18
