@@ -13,7 +13,15 @@ from core_llm.train.pretrain import PresenceTask, PretrainConfig, PretrainTask, 
 
 CONFIG = LlamaConfig(32, 2, 2, 1, 64, vocab_size=768, max_positions=256, tied_embeddings=True)
 RUN = PretrainConfig(
-    windows=4, width=96, pool=40, easy_steps=2, checklist_from=3, presence_steps=4, presence_windows=4
+    windows=4,
+    width=96,
+    pool=40,
+    easy_steps=2,
+    checklist_from=3,
+    presence_steps=4,
+    presence_windows=4,
+    blend_steps=2,
+    blend_windows=2,
 )
 
 

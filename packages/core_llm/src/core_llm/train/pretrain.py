@@ -48,6 +48,9 @@ class PretrainConfig:
     presence_steps: int = 800  # of the second stage
     presence_windows: int = 16
     presence_lr: float = 2e-3
+    blend_steps: int = 450  # of the third stage
+    blend_windows: int = 24
+    blend_lr: float = 1.5e-3
     seed: int = 0
 
 
@@ -183,6 +186,24 @@ class PresenceTask(PretrainTask):
         return pack(stream(), self.config.width, self.config.presence_windows, self.tokenizer.pad_id)
 
 
+class BlendTask(PresenceTask):
+    """The last stage: everything together, so that what the second stage pushed aside comes back."""
+
+    name = "pretrain-blend"
+
+    def batch(self, step: int) -> Packed:
+        """Windows of the step, drawn from all pools."""
+        rng = random.Random(f"blend-{self.config.seed}-{step}")
+        pools = [self.easy, self.own, self.negated, self.lists, self.maths]
+        shares = [0.3, 0.4, 0.2, 0.06, 0.04]
+
+        def stream() -> Iterator[Document]:
+            while True:
+                yield rng.choice(rng.choices(pools, shares)[0])
+
+        return pack(stream(), self.config.width, self.config.blend_windows, self.tokenizer.pad_id)
+
+
 def packed_loss(model: Llama, batch: Packed) -> Tensor:
     """Cross-entropy in nats per token of packed windows, weighted per target."""
     hidden = model.hidden(batch.tokens, mask=Mask.packed(batch.documents))
@@ -212,5 +233,7 @@ def pretrain(
     figures = fit(PretrainTask(model, tokenizer, run, data_root), fit_config)
     if run.presence_steps:
         stage = replace(fit_config, steps=run.presence_steps, lr=run.presence_lr, warmup=20)
-        figures = fit(PresenceTask(model, tokenizer, run, data_root), stage)
+        fit(PresenceTask(model, tokenizer, run, data_root), stage)
+        stage = replace(fit_config, steps=run.blend_steps, lr=run.blend_lr, warmup=20)
+        figures = fit(BlendTask(model, tokenizer, run, data_root), stage)
     return model, tokenizer, figures
