@@ -73,14 +73,14 @@ def test_packed_loss_equals_the_loss_of_separate_conversations() -> None:
         Sample(images.tile(picture, 64), turns) for picture, turns in zip(pictures, dialogues, strict=True)
     ]
     task = VisionTask(core, tokenizer, adapter, {}, 0, SMALL)
-    loss, figures = task.loss(pack(samples, tokenizer, CONFIG.token_rows))
+    _, figures = task.loss(pack(samples, tokenizer, CONFIG.token_rows))
     separate = [
         conversation(turns, Image(picture))
         for picture, of_picture in zip(pictures, dialogues, strict=True)
         for turns in of_picture
     ]
     expected = Assistant(core, tokenizer, [adapter]).loss(separate)
-    assert torch.allclose(loss, expected, atol=1e-5)
+    assert figures["answer_loss"] == pytest.approx(expected.item(), abs=1e-5)
     assert 0 <= figures["token_accuracy"] <= 1
 
 
@@ -127,6 +127,29 @@ def test_batches_are_a_pure_function_of_the_step() -> None:
 
 def flatten(batch: object) -> list[torch.Tensor]:
     return list(batch) if isinstance(batch, tuple) else list(vars(batch).values())
+
+
+def test_asked_presence_is_marked_on_the_word_itself() -> None:
+    _, tokenizer = tiny_core()
+    turns = [
+        ("is there a red shape?", "yes", 1),
+        (" is there not a circle?", "yes", 0),
+        ("does the image not contain a teal shape?", "no", 1),
+        ("what color is the circle?", "red", None),
+        ("how many red shapes are there?", "two", None),
+    ]
+    sample = Sample(torch.zeros(3, 64, 64), [[(question, answer)] for question, answer, _ in turns])
+    packed = pack([sample], tokenizer, 3)
+    for number, (question, _, label) in enumerate(turns, start=1):
+        own = packed.documents[0] == number
+        marked = packed.present[0][own]
+        if label is None:
+            assert (marked == -1).all()
+        else:
+            end = int((marked >= 0).nonzero()[0])
+            assert marked[end] == label and (marked >= 0).sum() == 1
+            said = tokenizer.decode(packed.tokens[0][own][: end + 1].tolist())
+            assert said.endswith(("red", "circle", "teal")) and question.startswith(said)
 
 
 def test_description_in_reading_order_says_what_the_core_knows() -> None:

@@ -15,10 +15,7 @@ class VisionConfig:
     """
 
     image_size: int = 64  # pixels; one square tile
-    stem_channels: tuple[int, int] = (
-        32,
-        64,
-    )  # widths of the first two stem convolutions, the third has encoder_dim
+    stem_channels: tuple[int, int] = (24, 48)  # of the first two stem convolutions; the third has encoder_dim
     encoder_dim: int = 128
     encoder_layers: int = 3
     encoder_heads: int = 4

