@@ -33,19 +33,19 @@ _NEVER = torch.iinfo(torch.long).max
 class Recipe:
     """What `vision-adapter train` does by default; tuned for the nano core on two CPU cores."""
 
-    steps: int = 450  # of the adapter
+    steps: int = 600  # of the adapter
     warm_up_steps: int = 450  # encoder alone
     warm_up_pictures: int = 64
     warm_up_lr: float = 2e-3
     warm_up_kind_shares: tuple[float, ...] = (0.3, 0.35, 0.35)  # single, several, word
     pictures: int = 32  # per step of the adapter
     easy_share: float = 0.45  # of the pictures, where easy-VQA is at hand
-    kind_shares: tuple[float, ...] = (0.5, 0.35, 0.15)  # of the drawn ones: single, several, word
+    kind_shares: tuple[float, ...] = (0.4, 0.3, 0.3)  # of the drawn ones: single, several, word
     dialogues: int = 5  # per picture
     describe_share: float = 0.2
     lr: float = 1e-3
     negation_from: float = 0.2  # negated questions: kept at this rate at first, ...
-    negation_until: float = 0.4  # ... all of them from this share of the steps on (see `negated_share`)
+    negation_until: float = 0.3  # ... all of them from this share of the steps on (see `negated_share`)
     presence_weight: float = 1.0  # of the auxiliary loss (see `VisionTask.presence_loss`)
     gate_lr_scale: float = 30.0  # at the base rate the gates, zero at first, hold everything back
     encoder_lr_scale: float = 0.3
