@@ -31,7 +31,7 @@ class Recipe:
     Chosen on an inner split of the training data, not on the dev rows that are reported.
     """
 
-    language_steps: int = 350
+    language_steps: int = 250
     language_lr: float = 2e-3
     batch: int = 32
     teacher_weight: float = 0.5  # share of the teacher's opinion in the soft targets
