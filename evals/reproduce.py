@@ -202,8 +202,7 @@ def _show(seconds: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("stage", "minutes", title="Wall time")
+    table = Table("stage", "minutes", title="Wall time (the stages after the core run side by side)")
     for name, value in seconds.items():
         table.add_row(name, f"{value / 60:.1f}")
-    table.add_row("in all", f"{sum(seconds.values()) / 60:.1f}")
     Console().print(table)
