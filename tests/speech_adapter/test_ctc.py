@@ -22,12 +22,26 @@ def test_merging_joins_what_says_the_same_and_drops_blanks() -> None:
     blank = ctc.blank.detach()
     frames = torch.stack([blank, table[7], near, blank, table[7], table[3]])[None].requires_grad_()
     (merged,) = ctc.merge(frames, torch.tensor([5]))
-    torch.testing.assert_close(merged, torch.stack([table[7] + 0.05, table[7]]))
+    # Both runs lie closest to token 7, and what is handed on is its very embedding.
+    torch.testing.assert_close(merged, torch.stack([table[7], table[7]]), atol=1e-3, rtol=1e-3)
     merged.sum().backward()
     assert frames.grad is not None
     assert frames.grad[0].any(dim=-1).tolist() == [False, True, True, False, True, False]
     (nothing,) = ctc.merge(blank.expand(1, 3, -1), torch.tensor([3]))
     assert nothing.shape == (0, 16)
+
+
+def test_a_doubtful_vector_becomes_the_posterior_mean() -> None:
+    torch.manual_seed(1)
+    table = torch.randn(50, 16)
+    ctc = EmbeddingCTC(table)
+    between = ((table[3] + table[9]) / 2)[None]
+    distance = (between.double() - table.double()).square().sum(-1)
+    weights = (-ctc.sharpness * 0.5 * distance).softmax(-1)
+    torch.testing.assert_close(
+        ctc.denoise(between)[0].double(), weights @ table.double(), atol=1e-4, rtol=1e-4
+    )
+    assert weights[[3, 9]].sum() > 0.5
 
 
 def test_loss_is_small_for_the_right_text_and_large_for_another() -> None:

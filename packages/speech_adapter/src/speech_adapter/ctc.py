@@ -79,8 +79,18 @@ class EmbeddingCTC(nn.Module):
             runs, run_of_frame = torch.unique_consecutive(tokens[:length], return_inverse=True)
             share = F.one_hot(run_of_frame, len(runs)).to(row.dtype).T
             means = (share / share.sum(dim=1, keepdim=True)) @ row[:length]
-            rows.append(means[runs != self.blank_id])
+            rows.append(self.denoise(means[runs != self.blank_id]))
         return rows
+
+    def denoise(self, x: Tensor) -> Tensor:
+        """Vectors [n, C] → the mean embedding that each stands for, [n, C].
+
+        The scores are those of a Gaussian mixture around the embeddings, so this is the posterior mean of
+        the token that was meant: a sure frame becomes the very embedding of its word, a doubtful one stays
+        between.
+        """
+        scores = self.sharpness * ((x @ self.table.to(x.dtype).T).float() - self.half_norms)
+        return (scores.softmax(dim=-1) @ self.table).to(x.dtype)
 
 
 class PhonemeHead(nn.Module):
