@@ -151,10 +151,16 @@ class SpeechAdapter(nn.Module):
         return rotations(torch.arange(length, device=weight.device)[None], frequencies, weight.dtype)
 
     def place(self, memory: SpeechMemory) -> list[Tensor]:
-        """One [n, C] tensor per clip, its vectors between the two boundary vectors."""
+        """One [n, C] tensor per clip, its vectors between the two boundary vectors.
+
+        With `config.merge`, outside training, each vector becomes the embedding that it stands for and the
+        boundaries are left out: what the core then reads is text, and it follows that better than sound.
+        """
         begin, end = self.projector.begin[None], self.projector.end[None]
         if self.config.merge:
             rows = self.reader.merge(memory.vectors, memory.lengths)
+            if not self.training:
+                return [self.reader.denoise(row) for row in rows]
         else:
             pairs = zip(memory.vectors, memory.lengths.tolist(), strict=True)
             rows = [row[:length] for row, length in pairs]

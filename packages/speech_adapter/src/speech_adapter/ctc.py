@@ -79,7 +79,7 @@ class EmbeddingCTC(nn.Module):
             runs, run_of_frame = torch.unique_consecutive(tokens[:length], return_inverse=True)
             share = F.one_hot(run_of_frame, len(runs)).to(row.dtype).T
             means = (share / share.sum(dim=1, keepdim=True)) @ row[:length]
-            rows.append(self.denoise(means[runs != self.blank_id]))
+            rows.append(means[runs != self.blank_id])
         return rows
 
     def denoise(self, x: Tensor) -> Tensor:
