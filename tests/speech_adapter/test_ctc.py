@@ -23,8 +23,8 @@ def test_merging_joins_what_says_the_same_and_drops_blanks() -> None:
     frames = torch.stack([blank, table[7], near, blank, table[7], table[3]])[None].requires_grad_()
     (merged,) = ctc.merge(frames, torch.tensor([5]))
     torch.testing.assert_close(merged, torch.stack([table[7] + 0.05, table[7]]))
-    # Both lie closest to token 7: what they stand for is its very embedding.
-    torch.testing.assert_close(ctc.denoise(merged), torch.stack([table[7]] * 2), atol=1e-3, rtol=1e-3)
+    # What they stand for lies closest to token 7 too.
+    assert torch.cdist(ctc.denoise(merged), table).argmin(dim=-1).tolist() == [7, 7]
     merged.sum().backward()
     assert frames.grad is not None
     assert frames.grad[0].any(dim=-1).tolist() == [False, True, True, False, True, False]
@@ -42,7 +42,7 @@ def test_a_doubtful_vector_becomes_the_posterior_mean() -> None:
     torch.testing.assert_close(
         ctc.denoise(between)[0].double(), weights @ table.double(), atol=1e-4, rtol=1e-4
     )
-    assert weights[[3, 9]].sum() > 0.5
+    assert sorted(weights.topk(2).indices.tolist()) == [3, 9]
 
 
 def test_loss_is_small_for_the_right_text_and_large_for_another() -> None:
