@@ -70,7 +70,9 @@ def reproduce(data_root: Path | None, out: Path, seed: int, install: bool) -> No
         raise UserError(f"--data-root {data_root}: no such folder")
     out.mkdir(parents=True, exist_ok=True)
     plan = stages(data_root and data_root.resolve(), out.resolve(), seed)
-    _train(plan[0], out, None)  # the core first: everything else is trained on it
+    # The core first: everything else is trained on it. One thread everywhere: sums over more threads round
+    # differently from machine to machine, and the bundled weights were trained with one.
+    _train(plan[0], out, None, threads=1)
     _train_side_by_side(plan[1:], out)
     model = "nano" if install else str(out)
     docs = _root() / "docs" if install else out / "docs"
