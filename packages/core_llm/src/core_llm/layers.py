@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from core_llm.cache import KVCache
 from core_llm.config import LlamaConfig
-from core_llm.kernels import Mask, attend
+from core_llm.kernels import Mask, attend, attend_shared
 from core_llm.rope import apply_rotations
 
 
@@ -55,7 +55,12 @@ class Attention(nn.Module):
         v = self._heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.write(layer, k, v)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(b, t, c))
+        if cache is not None and cache.prefix is not None:
+            prefix = cache.prefix
+            mixed = attend_shared(q, prefix.keys[layer], prefix.values[layer], k, v, mask)
+        else:
+            mixed = attend(q, k, v, mask)
+        return self.o_proj(mixed.transpose(1, 2).reshape(b, t, c))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -85,9 +85,13 @@ class Llama(nn.Module):
         n_new = x.shape[1]
         if positions is None:
             positions = cache.positions(n_new) if cache else torch.arange(n_new, device=x.device)[None]
-        self._check_length(n_new + (cache.longest if cache else 0))
+        if cache is None:
+            self._check_length(n_new)
+        else:
+            cache.check_room(n_new)
         if mask is None:
-            mask = Mask.cached(cache.lengths) if cache and cache.longest else Mask.causal()
+            begun = cache is not None and (cache.longest or cache.static)
+            mask = Mask.cached(cache.lengths) if cache and begun else Mask.causal()
         rotation = rotations(positions, self.frequencies, x.dtype)
         for index, block in enumerate(self.layers):
             if interleaved and index in interleaved:
