@@ -4,12 +4,12 @@ Axes: B batch, T text positions, S key positions, C model width, H query heads, 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core_llm.cache import KVCache
 from core_llm.config import LlamaConfig
 from core_llm.kernels import Mask, attend, attend_shared
+from core_llm.kernels.steps import linear, rms_norm, swiglu
 from core_llm.rope import apply_rotations
 
 
@@ -23,9 +23,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., C]."""
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """A product without a bias; `kernels` decides what computes it."""
+
+    def __init__(self, n_inputs: int, n_outputs: int) -> None:
+        super().__init__(n_inputs, n_outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        return linear(x, self.weight)
 
 
 class Attention(nn.Module):
@@ -35,10 +44,10 @@ class Attention(nn.Module):
         super().__init__()
         kv_dim = config.n_kv_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.q_proj = Linear(config.dim, config.dim)
+        self.k_proj = Linear(config.dim, kv_dim)
+        self.v_proj = Linear(config.dim, kv_dim)
+        self.o_proj = Linear(config.dim, config.dim)
 
     def forward(
         self,
@@ -71,13 +80,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, ffn_dim, bias=False)
-        self.up_proj = nn.Linear(dim, ffn_dim, bias=False)
-        self.down_proj = nn.Linear(ffn_dim, dim, bias=False)
+        self.gate_proj = Linear(dim, ffn_dim)
+        self.up_proj = Linear(dim, ffn_dim)
+        self.down_proj = Linear(ffn_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., C]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

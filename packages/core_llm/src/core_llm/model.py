@@ -12,7 +12,7 @@ from core_llm.cache import KVCache
 from core_llm.config import LlamaConfig
 from core_llm.errors import UserError
 from core_llm.kernels import Mask
-from core_llm.layers import Block, RMSNorm
+from core_llm.layers import Block, Linear, RMSNorm
 from core_llm.rope import rope_frequencies, rotations
 
 
@@ -31,7 +31,7 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.dim, config.vocab_size)
         if config.tied_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from core_llm.config import LlamaConfig, RopeScaling
+from core_llm.kernels.steps import rotate as turn
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
@@ -41,8 +42,7 @@ def rotations(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tup
 
 def apply_rotations(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x [B, H, T, D] by precomputed rotations."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    return turn(x, cos, sin)
 
 
 def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core_llm.kernels.cpu import ops
 from core_llm.kernels.mask import Mask
 
 
@@ -64,10 +65,32 @@ def folded(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     return torch.matmul(weights.to(v.dtype).reshape(b, g, -1, s), v).reshape(b, h, t, d)
 
 
+def cpu_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """The own C kernel for one query per row on a CPU; raises ValueError where it cannot serve."""
+    if not _decodes_on_cpu(q, k, v, mask):
+        raise ValueError(
+            "backend 'cpu_decode' takes one query per row without gradients, fp32 or bf16 on the CPU, a head dim "
+            "that is a multiple of 16, a full or cached mask, and needs a C compiler"
+        )
+    return ops.attend_decode(q, k, v, mask.offsets)
+
+
+def _decodes_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> bool:
+    return (
+        q.shape[2] == 1
+        and q.shape[3] % 16 == 0
+        and q.shape[3] <= ops.MAX_HEAD_DIM
+        and mask.kind in ("full", "cached")
+        and k.stride(3) == v.stride(3) == q.stride(3) == 1
+        and ops.usable(q, k, v)
+    )
+
+
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask], Tensor]] = {
     "reference": reference,
     "sdpa": sdpa,
     "folded": folded,
+    "cpu_decode": cpu_decode,
 }
 
 
@@ -81,6 +104,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str = "auto") -
         # Training on a CPU: the fused kernel's backward is slow; its memory only matters for long texts.
         short = q.shape[2] * k.shape[2] <= 512 * 512 if torch.is_grad_enabled() else q.shape[2] == 1
         backend = "folded" if short and q.device.type == "cpu" else "sdpa"
+        if _decodes_on_cpu(q, k, v, mask):
+            backend = "cpu_decode"
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend '{backend}'; known: auto, {', '.join(BACKENDS)}")
     return BACKENDS[backend](q, k, v, mask)

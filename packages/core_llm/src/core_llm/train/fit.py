@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core_llm.errors import CheckpointError, UserError
+from core_llm.kernels.steps import multiplies_bf16
 
 
 class Task(Protocol):
@@ -52,7 +53,7 @@ class FitConfig:
     weight_decay: float = 0.05
     clip: float = 1.0
     final_lr_fraction: float = 0.05
-    autocast: bool = True  # bf16 on whatever device the parameters are
+    autocast: bool | None = None  # bf16 matrix products; None: where the hardware has them
     seed: int = 0
     save_every: int = 500
     eval_every: int = 0
@@ -82,6 +83,7 @@ def fit(task: Task, config: FitConfig) -> dict[str, float]:
     optimizer = _optimizer(task, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
+    autocast = multiplies_bf16(device.type) if config.autocast is None else config.autocast
     state_path = config.out / f"{task.name}.state.pt"
     start = _resume(state_path, task, optimizer, config)
     trained = list(task.modules().values())
@@ -95,7 +97,7 @@ def fit(task: Task, config: FitConfig) -> dict[str, float]:
             rate = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 loss, figures = task.loss(task.batch(step))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
