@@ -169,7 +169,8 @@ def test_many_rows_in_bf16_equal_the_fp32_product(monkeypatch: pytest.MonkeyPatc
 def test_without_a_compiler_torch_decodes_and_the_log_says_so(tmp_path: os.PathLike[str]) -> None:
     code = (
         "import torch\nfrom core_llm.kernels import Mask, attend\nfrom core_llm.kernels.cpu import ops\n"
-        "assert not ops.available()\nq = torch.ones(1, 2, 1, 16)\nprint(attend(q, q, q, Mask.full()).sum().item())"
+        "assert not ops.available()\nq = torch.ones(1, 2, 1, 16)\n"
+        "print(attend(q, q, q, Mask.full()).sum().item())"
     )
     environment = {**os.environ, "CC": "/nonexistent/cc", "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(

@@ -69,8 +69,8 @@ def cpu_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """The own C kernel for one query per row on a CPU; raises ValueError where it cannot serve."""
     if not _decodes_on_cpu(q, k, v, mask):
         raise ValueError(
-            "backend 'cpu_decode' takes one query per row without gradients, fp32 or bf16 on the CPU, a head dim "
-            "that is a multiple of 16, a full or cached mask, and needs a C compiler"
+            "backend 'cpu_decode' takes one query per row without gradients, fp32 or bf16 on the CPU, a "
+            "head dim that is a multiple of 16, a full or cached mask, and needs a C compiler"
         )
     return ops.attend_decode(q, k, v, mask.offsets)
 

@@ -1,7 +1,7 @@
-"""The other steps of a block behind one function each: which implementation computes them is decided here.
+"""The other steps of a block behind one function each: what computes them is decided here.
 
-On a CPU the own kernels serve bf16 weights without gradients and few rows, which is decoding. Everything else is
-torch's. Axes: B batch, T positions, C model width, H heads, D head dim, N outputs, K inputs.
+On a CPU the own kernels serve bf16 weights without gradients and few rows, which is decoding. Everything
+else is torch's. Axes: B batch, T positions, C model width, H heads, D head dim, N outputs, K inputs.
 """
 
 import functools
@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _linear_upcast(x: Tensor, weight: Tensor) -> Tensor:
-    """The product in fp32, a slice of the outputs at a time, so that no fp32 copy of the weight is ever held."""
+    """The product in fp32, a slice of the outputs at a time: no fp32 copy of the weight is ever held."""
     n, k = weight.shape
     wide = x.float()
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype)

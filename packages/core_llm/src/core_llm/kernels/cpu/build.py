@@ -1,7 +1,7 @@
 """Compile the C sources of this folder for the processor at hand and load them.
 
-The library is kept in the user's cache folder under a name made of the sources, the flags and the processor, so
-that a changed source or another machine sharing the folder compiles anew.
+The library is kept in the user's cache folder under a name made of the sources, the flags and the processor:
+a changed source, or another machine that shares the folder, compiles anew.
 """
 
 import ctypes

@@ -43,7 +43,7 @@ def available() -> bool:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether these tensors may go through a kernel now: on the CPU, fp32 or bf16 of one kind, no gradient asked."""
+    """Whether a kernel may take these tensors now: on the CPU, all fp32 or all bf16, no gradient asked."""
     # Called for every step of a decode: plain loops and few attribute look-ups.
     dtype, graded = tensors[0].dtype, torch.is_grad_enabled()
     if dtype not in _FLOATS:
@@ -91,7 +91,7 @@ def linear_int4(x: Tensor, weight: Tensor, scale_min: Tensor) -> Tensor:
 
 
 def attend_decode(q: Tensor, k: Tensor, v: Tensor, last: Tensor | None = None) -> Tensor:
-    """Attention of one query per row: q [B, H, 1, D], k and v [B, G, S, D] (any strides but D) → [B, H, 1, D].
+    """Attention of one query per row: q [B, H, 1, D], k and v [B, G, S, D] (strided but in D) → [B, H, 1, D].
 
     last [B] int64: index of the last key that row b may see (-1: none, gives zeros); None: all S.
     D must be a multiple of 16, at most 256.
@@ -127,7 +127,7 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary embedding of contiguous x [B, T, H, D] by cosines and sines [B or 1, T, D]; D a multiple of 32."""
+    """Contiguous x [B, T, H, D] turned by cosines and sines [B or 1, T, D]; D a multiple of 32."""
     b, t, h, d = x.shape
     out = torch.empty_like(x)
     cosines, sines = (table.expand(b, -1, -1).contiguous() for table in (cosines, sines))
