@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from core_llm.chat import Audio, Image, Message, Part, Text
+from core_llm.chat import Audio, Image, Message, Part, Text, ToolCall, ToolResult
 from core_llm.errors import MediaError
 
 
@@ -14,6 +14,8 @@ def part_digest(part: Part) -> str:
     """SHA-256 of a part's content: the text, the bytes of the file, or the raw samples or pixels."""
     if isinstance(part, Text):
         return hashlib.sha256(b"text" + part.text.encode()).hexdigest()
+    if isinstance(part, (ToolCall, ToolResult)):
+        return hashlib.sha256(repr(part).encode()).hexdigest()
     source: Any = part.data
     if isinstance(source, (str, Path)):
         return _file_digest(str(source))

@@ -1,6 +1,7 @@
 """`core-llm`: pre-train a core, generate text."""
 
 from pathlib import Path
+from typing import Literal
 
 from core_llm import cli_tools
 
@@ -76,8 +77,69 @@ def generate(
     print()
 
 
+def needle(
+    out: Path, model: str = "nano", steps: int = 600, lr: float = 1.5e-3, seed: int = 0, resume: bool = True
+) -> None:
+    """Teach a core to look facts up in texts as long as its context; `evals run needle` measures it.
+
+    Args:
+        out: Folder; the core goes to its sub-folder core/, metrics and resumable state beside it.
+        model: nano, or a folder with a checkpoint to start from.
+        steps: Optimizer steps.
+        lr: Peak learning rate.
+        seed: Seed of the texts.
+        resume: Continue from the state in --out if there is one.
+    """
+    from core_llm.checkpoint import load_core, save_core
+    from core_llm.train.fit import FitConfig
+    from core_llm.train.needle import NeedleConfig, train_needle
+
+    core, tokenizer = load_core(model)
+    settings = FitConfig(
+        out / "state", steps=steps, lr=lr, seed=seed, warmup=30, resume=resume, save_every=100
+    )
+    figures = train_needle(core, tokenizer, settings, NeedleConfig(seed=seed))
+    save_core(out / "core", core, tokenizer)
+    print(f"core saved in {out / 'core'}; {figures['held_out_right']:.0%} of held-out answer tokens right")
+
+
+def convert(
+    source: cli_tools.Positional[str],
+    target: cli_tools.Positional[Path],
+    to: Literal["hf", "original"] = "hf",
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep",
+    max_shard_size: str = "5GB",
+    shards: int = 1,
+    rope_factor: float | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Rewrite a checkpoint in another layout, dtype or number of files, e.g. `core-llm convert ORIGINAL HF`.
+
+    Args:
+        source: Folder in the Hugging Face or the original layout, a hub id, or nano.
+        target: Folder to write; it appears when all of it is there.
+        to: Layout: hf (config.json, safetensors) or original (params.json, consolidated.NN.pth).
+        dtype: Of the written weights; keep leaves every bit as it is.
+        max_shard_size: Largest safetensors file, such as 5GB or 500MB.
+        shards: Number of consolidated files, for model parallelism in the original code.
+        rope_factor: RoPE scaling of an original checkpoint whose params.json does not say it (8 for 3.1,
+            32 for 3.2); by default that of the preset with the same shape.
+        overwrite: Replace the checkpoint in a target that is not empty.
+    """
+    import torch
+
+    from core_llm.convert import convert_checkpoint
+    from core_llm.stored import DType
+
+    dtypes: dict[str, DType] = {"keep": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+    convert_checkpoint(source, target, to, dtypes[dtype], max_shard_size, shards, rope_factor, overwrite)
+    print(f"{source} written to {target} ({to} layout)")
+
+
 def main() -> None:
     """Entry point of the console script."""
     cli_tools.run(
-        "core-llm", "The Llama core: pre-train, generate.", {"pretrain": pretrain, "generate": generate}
+        "core-llm",
+        "The Llama core: pre-train, generate.",
+        {"pretrain": pretrain, "generate": generate, "needle": needle, "convert": convert},
     )
