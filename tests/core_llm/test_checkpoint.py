@@ -44,7 +44,7 @@ def test_missing_unknown_and_misshapen_keys_are_named(saved: Path) -> None:
     path = saved / "model.safetensors"
     good = load_file(path)
     for change, named in (
-        (lambda t: t.pop("model.norm.weight"), "missing: norm.weight"),
+        (lambda t: t.pop("model.norm.weight"), "missing: model.norm.weight"),
         (lambda t: t.update(extra=torch.zeros(1)), "unknown: extra"),
         (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), r"norm.weight has shape \(3,\)"),
     ):

@@ -1,0 +1,120 @@
+"""From one checkpoint to another: layout, dtype, number of files; in memory is what goes into one of them."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from core_llm.checkpoint import NANO, open_weights
+from core_llm.errors import UserError
+from core_llm.files import TOKENIZER_FILES, parse_size, replacing
+from core_llm.hf_layout import HFWeights, config_to_hf, write_hf
+from core_llm.hub import find_model
+from core_llm.original_layout import OriginalWeights, params_from_config, write_original
+from core_llm.stored import DType, StoredWeights, expected_shapes
+
+Layout = Literal["hf", "original"]
+
+# What belongs to the weights and stays true for them in any layout.
+_COMPANIONS = ("LICENSE*", "USE_POLICY*", "NOTICE*")
+_HF_COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: Path,
+    layout: Layout = "hf",
+    dtype: DType = "auto",
+    max_shard_size: str = "5GB",
+    n_shards: int = 1,
+    rope_factor: float | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> None:
+    """Write the checkpoint `source` (a folder, a hub id, or "nano") to the folder `target`.
+
+    `max_shard_size` applies to the layout "hf", `n_shards` to "original". Tokenizer files are copied as
+    they are. Memory: what is written into one file, of which unconverted weights are the source's own
+    pages. Raises `CheckpointError` for a bad source and `UserError` for a target that is not empty.
+    """
+    folder = find_model(source, NANO)
+    if target.resolve() == folder.resolve():
+        raise UserError(f"{target}: source and target are the same folder; give another target")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UserError(
+            f"{target}: is not empty; give another folder, or --overwrite to replace what is there"
+        )
+    limit = parse_size(max_shard_size)
+    weights = open_weights(folder, rope_factor)
+    stored = weights.resolve(dtype)
+    copies = n_shards if layout == "original" else 1
+    with replacing(target) as temporary, _reader(weights, stored, copies, progress) as (sizes, read):
+        if layout == "hf":
+            write_hf(temporary, _hf_config(weights, stored), sizes, read, limit)
+        else:
+            write_original(temporary, _params(weights), weights.config, read, n_shards)
+        _copy_companions(weights.folder, temporary, _HF_COMPANIONS if layout == "hf" else ())
+
+
+@contextmanager
+def _reader(
+    weights: StoredWeights, dtype: torch.dtype, n_reads: int, progress: bool
+) -> Iterator[tuple[dict[str, int], Callable[[str], Tensor]]]:
+    """The bytes of every tensor in `dtype` and a function that reads one; each is read `n_reads` times."""
+    from tqdm import tqdm
+
+    shapes = expected_shapes(weights.config)
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    with tqdm(
+        total=sum(sizes.values()),
+        unit="B",
+        unit_scale=True,
+        desc="convert",
+        disable=None if progress else True,
+    ) as bar:
+
+        def read(name: str) -> Tensor:
+            tensor = weights.read(name, dtype)
+            bar.update(sizes[name] / n_reads)
+            return tensor
+
+        yield sizes, read
+
+
+def _hf_config(weights: StoredWeights, dtype: torch.dtype) -> dict[str, Any]:
+    from core_llm.tokenizer import Tokenizer
+
+    has_tokenizer = any((weights.folder / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = Tokenizer.load(weights.folder) if has_tokenizer else None
+    values = config_to_hf(weights.config, tokenizer, dtype)
+    if not isinstance(weights, HFWeights):
+        return values
+    # Settings of the source that do not shape the model stay, such as its own stop tokens.
+    kept = {key: value for key, value in weights.raw.items() if key != "rope_parameters"}
+    own = {
+        key: values[key] for key in values if key not in ("bos_token_id", "eos_token_id") or key not in kept
+    }
+    return {**kept, **own}
+
+
+def _params(weights: StoredWeights) -> dict[str, Any]:
+    return weights.params if isinstance(weights, OriginalWeights) else params_from_config(weights.config)
+
+
+def _copy_companions(source: Path, target: Path, more: tuple[str, ...]) -> None:
+    for pattern in (*_COMPANIONS, *more, *TOKENIZER_FILES):
+        for path in sorted(source.glob(pattern)):
+            shutil.copyfile(path, target / path.name)
+    # Hub repositories keep the released tokenizer beside the original weights.
+    released = source / "original" / "tokenizer.model"
+    if released.is_file() and not (target / "tokenizer.model").exists():
+        shutil.copyfile(released, target / "tokenizer.model")

@@ -1,0 +1,81 @@
+"""Weights on disk under our names, whatever the layout, read one tensor at a time."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from core_llm.config import LlamaConfig
+from core_llm.errors import CheckpointError
+
+DType = torch.dtype | Literal["auto"]
+
+
+class StoredWeights(ABC):
+    """A checkpoint whose configuration is read and whose tensors wait on the disk.
+
+    `dtypes` maps our names to the stored dtypes; it is filled by `open`.
+    """
+
+    def __init__(self, folder: Path, config: LlamaConfig) -> None:
+        self.folder = folder
+        self.config = config
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def open(self) -> None:
+        """Check names, shapes and dtypes of all tensors; raises `CheckpointError` that names file and key."""
+        if not self.dtypes:
+            self.check()
+
+    @abstractmethod
+    def check(self) -> None:
+        """What `open` does the first time; fills `dtypes`."""
+
+    @abstractmethod
+    def read(self, name: str, dtype: torch.dtype, mapped: bool = True) -> Tensor:
+        """One tensor by our name. Where nothing has to be converted and `mapped`, its memory is the file's.
+
+        Such a tensor takes no memory until it is used, and the system may drop its pages and read them
+        again. The mapping is private: writing to the tensor changes a copy of the page, never the file.
+        """
+
+    def resolve(self, dtype: DType) -> torch.dtype:
+        """The dtype to read in: the given one, or for "auto" the one that all tensors are stored in.
+
+        Raises `CheckpointError` where the stored dtypes differ.
+        """
+        self.open()
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        first_name, first = next(iter(self.dtypes.items()))
+        for name, other in self.dtypes.items():
+            if other != first:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is stored in {other}, {first_name} in {first}; choose one dtype"
+                )
+        return first
+
+
+def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Our name → shape of every tensor that a checkpoint of this shape must hold, in the model's order."""
+    from core_llm.model import Llama
+
+    with torch.device("meta"):
+        model = Llama(config)
+    # named_parameters lists a tied head once, under the embedding's name.
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def check_keys(where: Path, wanted: set[str], found: set[str], spelling: Callable[[str], str]) -> None:
+    """Raise `CheckpointError` for missing and unknown names, spelled as in the file."""
+    missing, unknown = sorted(wanted - found), sorted(found - wanted)
+    if missing or unknown:
+        parts = [
+            f"{label}: {', '.join(spelling(name) for name in names[:5])}"
+            for label, names in (("missing", missing), ("unknown", unknown))
+            if names
+        ]
+        raise CheckpointError(f"{where}: keys do not fit the model ({'; '.join(parts)})")
