@@ -5,17 +5,27 @@ Axes: B batch, T text positions, C model width, P media parts of one adapter in 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core_llm.cache import Prefix
 from core_llm.chat import Message, Part, Rendered, render
 from core_llm.errors import UserError
-from core_llm.generate import Interleaved, Request, decode, hidden_states
+from core_llm.generate import (
+    Completion,
+    Options,
+    Request,
+    compute_prefix,
+    generate,
+    hidden_states,
+    stream,
+)
 from core_llm.model import Llama
 from core_llm.sampling import Sampling
+from core_llm.stepping import Interleaved
 from core_llm.tokenizer import Tokenizer
 
 _NEVER = torch.iinfo(torch.long).max
@@ -214,34 +224,50 @@ class Assistant:
         chosen = self.core.logits(hidden).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         return torch.zeros(len(closed), device=chosen.device).index_add(0, rows, chosen).tolist()
 
-    @torch.inference_mode()
+    def share(self, messages: Sequence[Message]) -> Prefix:
+        """Keys and values of the messages that many conversations begin with, computed once.
+
+        Raises `UserError` where they hold media: those belong to one request.
+        """
+        request = self.prepare([messages], generation_prompt=False)
+        if request.tokens is None:
+            raise UserError("a shared prefix holds text only: move images and audio into the conversations")
+        return compute_prefix(self.core, request.tokens[0].tolist())
+
+    def complete(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        settings: Sampling | Sequence[Sampling] | None = None,
+        **options: Unpack[Options],
+    ) -> list[Completion]:
+        """Answers with finish reasons, usage and log-probabilities; options as in `generate.Options`.
+
+        Raises `UserError` where a conversation does not begin with the messages of `prefix`.
+        """
+        return generate(self.core, self._request(conversations, options), settings, self.tokenizer, **options)
+
     def generate(
         self, conversations: Sequence[Sequence[Message]], settings: Sampling | None = None
     ) -> list[str]:
         """Answers to a batch of conversations."""
-        answers: list[list[int]] = [[] for _ in conversations]
-        request = self.prepare(conversations)
-        for step in decode(self.core, request, settings or Sampling(), self.tokenizer.stop_ids):
-            for answer, token in zip(answers, step.tolist(), strict=True):
-                if token >= 0:
-                    answer.append(token)
-        return [self.tokenizer.decode(answer).strip() for answer in answers]
+        return [answer.text.strip() for answer in self.complete(conversations, settings)]
 
-    def stream(self, conversation: Sequence[Message], settings: Sampling | None = None) -> Iterator[str]:
+    def stream(
+        self,
+        conversation: Sequence[Message],
+        settings: Sampling | None = None,
+        **options: Unpack[Options],
+    ) -> Iterator[str]:
         """Yield the answer piece by piece; a piece never ends inside a character."""
-        ids: list[int] = []
-        said = ""
-        with torch.inference_mode():
-            request = self.prepare([conversation])
-        for step in decode(self.core, request, settings or Sampling(), self.tokenizer.stop_ids):
-            ids.append(int(step[0]))
-            text = self.tokenizer.decode(ids)
-            if text.endswith("\ufffd"):
-                continue  # a character still lacks bytes
-            yield text[len(said) :]
-            said = text
-        if tail := self.tokenizer.decode(ids)[len(said) :]:
-            yield tail
+        request = self._request([conversation], options)
+        for event in stream(self.core, request, settings, self.tokenizer, **options):
+            if event.text:
+                yield event.text
+
+    @torch.inference_mode()
+    def _request(self, conversations: Sequence[Sequence[Message]], options: Options) -> Request:
+        request, prefix = self.prepare(conversations), options.get("prefix")
+        return request.after(prefix, self.core) if prefix else request
 
 
 def _spans(placed: Sequence[_Placed], shift: list[list[int]]) -> tuple[list[int], list[int], list[int]]:
