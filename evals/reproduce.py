@@ -37,6 +37,9 @@ DATASET_TASKS = (
 _FILES = ("tokenizer.json", "guard.json", "model.safetensors", "config.json")
 
 
+_running: set["subprocess.Popen[bytes]"] = set()
+
+
 @dataclass(frozen=True)
 class Stage:
     """One trainer. `name` is the sub-folder of the model and the import package ("core" for core_llm)."""
@@ -135,10 +138,15 @@ def _train_side_by_side(plan: Sequence[Stage], out: Path) -> None:
     logs = [out / f"{stage.name}.log" for stage in plan]
     with ThreadPoolExecutor(max_workers=min(cores, len(plan))) as pool:
         running = [pool.submit(_train, stage, out, log, 1) for stage, log in zip(plan, logs, strict=True)]
-        while wait(running, timeout=REPORT_SECONDS).not_done:
-            for log in logs:
-                if progress := _last_line(log):
-                    print(f"  {log.stem}: {progress}", flush=True)
+        try:
+            while wait(running, timeout=REPORT_SECONDS).not_done:
+                for log in logs:
+                    if progress := _last_line(log):
+                        print(f"  {log.stem}: {progress}", flush=True)
+        except BaseException:  # else the pool would wait for the trainers to finish
+            for process in list(_running):
+                process.terminate()
+            raise
     for future in running:
         future.result()
 
@@ -167,14 +175,19 @@ def _call(command: list[str], log: Path | None = None, threads: int | None = Non
         environment["OMP_NUM_THREADS"] = str(threads)
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("a")) if log is not None else None
-        done = subprocess.run(
-            [executable, *command[1:]], env=environment, check=False, stdout=output, stderr=output
-        )
-    if done.returncode:
+        process = subprocess.Popen([executable, *command[1:]], env=environment, stdout=output, stderr=output)
+        _running.add(process)
+        try:
+            status = process.wait()
+        except BaseException:  # killed ourselves: a trainer left alone would fight with the next run's
+            process.terminate()
+            raise
+        finally:
+            _running.discard(process)
+    if status:
         reason = f": {_last_line(log)}" if log is not None else ""
         raise UserError(
-            f"`{command[0]} {command[1]}` failed with status {done.returncode}{reason}; "
-            "the same command continues"
+            f"`{command[0]} {command[1]}` failed with status {status}{reason}; the same command continues"
         )
 
 

@@ -1,6 +1,9 @@
 """Reproduction of the nano family with stand-ins for the trainers: order, resuming, installing, cards."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +108,26 @@ def test_last_line_is_the_newest_state_of_a_progress_bar(tmp_path: Path) -> None
     assert reproduce._last_line(log) == ""
     log.write_text("starting\nvision:   1%|\rvision:  50%|=====     \n\n")
     assert reproduce._last_line(log) == "vision:  50%|====="
+
+
+def test_a_killed_run_takes_its_trainers_along(tmp_path: Path) -> None:
+    child = "import time\nfor _ in range(600):\n    print('child', flush=True)\n    time.sleep(0.1)\n"
+    parent = (
+        "from pathlib import Path\nfrom core_llm import cli_tools\nfrom evals import reproduce\n"
+        "def main() -> None:\n"
+        "    stages = [reproduce.Stage(n, ('python', '-c', Path('child.py').read_text())) for n in 'ab']\n"
+        "    reproduce._train_side_by_side(stages, Path('.'))\n"
+        "cli_tools.run('test', 'test', main, [])\n"
+    )
+    (tmp_path / "child.py").write_text(child)
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    logs = [tmp_path / "a.log", tmp_path / "b.log"]
+    deadline = time.monotonic() + 60
+    while not all(log.exists() and log.stat().st_size for log in logs):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=20) == 143
+    sizes = [log.stat().st_size for log in logs]
+    time.sleep(0.5)
+    assert [log.stat().st_size for log in logs] == sizes

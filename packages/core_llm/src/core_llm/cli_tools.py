@@ -2,7 +2,9 @@
 
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,8 +28,11 @@ def run(
     """Run one of `commands` as a sub-command, or the one function there is without a sub-command, and exit.
 
     The flags come from each function's signature, the help from its docstring. A `UserError`
-    becomes one line on stderr and exit status 2; Ctrl-C exits with 130, as shells expect.
+    becomes one line on stderr and exit status 2; Ctrl-C exits with 130 and SIGTERM with 143, as shells
+    expect, and both let the program clean up (`finally`, `with`) on their way out.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         if isinstance(commands, dict):
             tyro.extras.subcommand_cli_from_dict(
