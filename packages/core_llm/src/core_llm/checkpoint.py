@@ -17,8 +17,7 @@ from core_llm.hf_layout import HFWeights, config_from_hf, config_to_hf, save_ten
 from core_llm.hub import find_model
 from core_llm.model import Llama
 from core_llm.original_layout import OriginalWeights
-from core_llm.rope import rope_frequencies
-from core_llm.stored import DType, StoredWeights
+from core_llm.stored import DType, StoredWeights, skeleton
 from core_llm.tokenizer import Tokenizer
 
 __all__ = [
@@ -60,9 +59,15 @@ def load_core(
     `dtype` "auto" keeps the stored one. Weights that need no conversion are not copied: their memory is
     the file's, shared with every process that reads it (see `StoredWeights.read`); `mapped=False` copies
     them. `rope_factor` is for the original layout, which leaves it out (see `config_from_params`).
+    A quantised core stays quantised; `dtype` is then that of its other weights.
     Raises `CheckpointError` for a missing, truncated or mismatched file.
     """
-    weights = open_weights(find_model(where, NANO), rope_factor)
+    folder = find_model(where, NANO)
+    if (folder / CONFIG).is_file() and "quantization" in read_config(folder):
+        from core_llm.quantize import load_quantized  # which builds on this module
+
+        return load_quantized(folder, dtype)
+    weights = open_weights(folder, rope_factor)
     tokenizer = Tokenizer.load(weights.folder)
     return read_core(weights, dtype, mapped), tokenizer
 
@@ -91,15 +96,13 @@ def open_weights(folder: Path, rope_factor: float | None = None) -> StoredWeight
 def read_core(weights: StoredWeights, dtype: DType = "auto", mapped: bool = True) -> Llama:
     """A core with these weights, read one by one; at no time is there a second copy of them in memory."""
     dtype = weights.resolve(dtype)
-    with torch.device("meta"):
-        model = Llama(weights.config)
+    model = skeleton(weights.config)
     for name, _ in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         tensor = weights.read(name, dtype, mapped)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     if weights.config.tied_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
-    model.frequencies = rope_frequencies(weights.config)  # always fp32, in no checkpoint
     return model.eval()
 
 

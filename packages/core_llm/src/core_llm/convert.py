@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from core_llm.checkpoint import NANO, open_weights
-from core_llm.errors import UserError
+from core_llm.errors import CheckpointError, UserError
 from core_llm.files import TOKENIZER_FILES, parse_size, replacing
 from core_llm.hf_layout import HFWeights, config_to_hf, write_hf
 from core_llm.hub import find_model
 from core_llm.original_layout import OriginalWeights, params_from_config, write_original
 from core_llm.stored import DType, StoredWeights, expected_shapes
+from core_llm.tokenizer import Tokenizer
 
 Layout = Literal["hf", "original"]
 
 # What belongs to the weights and stays true for them in any layout.
 _COMPANIONS = ("LICENSE*", "USE_POLICY*", "NOTICE*")
+_TOKENIZER: dict[Layout, str] = {"hf": "tokenizer.json", "original": "tokenizer.model"}
 _HF_COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -42,9 +44,10 @@ def convert_checkpoint(
 ) -> None:
     """Write the checkpoint `source` (a folder, a hub id, or "nano") to the folder `target`.
 
-    `max_shard_size` applies to the layout "hf", `n_shards` to "original". Tokenizer files are copied as
-    they are. Memory: what is written into one file, of which unconverted weights are the source's own
-    pages. Raises `CheckpointError` for a bad source and `UserError` for a target that is not empty.
+    `max_shard_size` applies to the layout "hf", `n_shards` to "original". Tokenizer files are copied, and
+    the form that the layout usually has is added where it is missing. Memory: what is written into one
+    file, of which unconverted weights are the source's own pages. Raises `CheckpointError` for a bad
+    source and `UserError` for a target that is not empty.
     """
     folder = find_model(source, NANO)
     if target.resolve() == folder.resolve():
@@ -56,13 +59,15 @@ def convert_checkpoint(
     limit = parse_size(max_shard_size)
     weights = open_weights(folder, rope_factor)
     stored = weights.resolve(dtype)
+    tokenizer = _tokenizer(weights.folder)
     copies = n_shards if layout == "original" else 1
     with replacing(target) as temporary, _reader(weights, stored, copies, progress) as (sizes, read):
         if layout == "hf":
-            write_hf(temporary, _hf_config(weights, stored), sizes, read, limit)
+            write_hf(temporary, _hf_config(weights, tokenizer, stored), sizes, read, limit)
         else:
             write_original(temporary, _params(weights), weights.config, read, n_shards)
         _copy_companions(weights.folder, temporary, _HF_COMPANIONS if layout == "hf" else ())
+        _complete_tokenizer(tokenizer, temporary / _TOKENIZER[layout])
 
 
 @contextmanager
@@ -90,11 +95,7 @@ def _reader(
         yield sizes, read
 
 
-def _hf_config(weights: StoredWeights, dtype: torch.dtype) -> dict[str, Any]:
-    from core_llm.tokenizer import Tokenizer
-
-    has_tokenizer = any((weights.folder / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer = Tokenizer.load(weights.folder) if has_tokenizer else None
+def _hf_config(weights: StoredWeights, tokenizer: Tokenizer | None, dtype: torch.dtype) -> dict[str, Any]:
     values = config_to_hf(weights.config, tokenizer, dtype)
     if not isinstance(weights, HFWeights):
         return values
@@ -110,6 +111,10 @@ def _params(weights: StoredWeights) -> dict[str, Any]:
     return weights.params if isinstance(weights, OriginalWeights) else params_from_config(weights.config)
 
 
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    return Tokenizer.load(folder) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+
+
 def _copy_companions(source: Path, target: Path, more: tuple[str, ...]) -> None:
     for pattern in (*_COMPANIONS, *more, *TOKENIZER_FILES):
         for path in sorted(source.glob(pattern)):
@@ -118,3 +123,10 @@ def _copy_companions(source: Path, target: Path, more: tuple[str, ...]) -> None:
     released = source / "original" / "tokenizer.model"
     if released.is_file() and not (target / "tokenizer.model").exists():
         shutil.copyfile(released, target / "tokenizer.model")
+
+
+def _complete_tokenizer(tokenizer: Tokenizer | None, path: Path) -> None:
+    """Write the tokenizer in the form that other readers of this layout look for, if it has that form."""
+    if tokenizer is not None and not path.exists():
+        with suppress(CheckpointError):  # a tokenizer.json such as nano's has no tiktoken form
+            tokenizer.save(path)

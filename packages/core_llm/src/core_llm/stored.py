@@ -3,13 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from core_llm.config import LlamaConfig
 from core_llm.errors import CheckpointError
+from core_llm.model import Llama
 
 DType = torch.dtype | Literal["auto"]
 
@@ -59,14 +61,33 @@ class StoredWeights(ABC):
         return first
 
 
+class _WithoutMemory(TorchFunctionMode):
+    """Parameters on the meta device, never initialised; other tensors as usual.
+
+    `torch.device("meta")` would initialise them all, for which torch imports its compiler: seconds.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        if func in (torch.empty, torch.ones):
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def skeleton(config: LlamaConfig) -> Llama:
+    """A core whose parameters have shapes but no memory yet; its rotary frequencies are ready."""
+    with _WithoutMemory():
+        return Llama(config)
+
+
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Our name → shape of every tensor that a checkpoint of this shape must hold, in the model's order."""
-    from core_llm.model import Llama
-
-    with torch.device("meta"):
-        model = Llama(config)
     # named_parameters lists a tied head once, under the embedding's name.
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in skeleton(config).named_parameters()}
 
 
 def check_keys(where: Path, wanted: set[str], found: set[str], spelling: Callable[[str], str]) -> None:
