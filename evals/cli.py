@@ -20,6 +20,7 @@ def run(
     report: Path | None = None,
     seed: int = 0,
     records: Path = Path("runs/evals"),
+    quantize: Literal["int8", "int4", "fp8"] | None = None,
 ) -> None:
     """Run tasks with their controls; the same command run again continues where it stopped.
 
@@ -33,13 +34,14 @@ def run(
         report: Write an HTML report into this folder.
         seed: Seed of the subset, the shuffled controls and the bootstrap.
         records: Folder where every single answer is kept, for resuming and re-scoring.
+        quantize: Bring the core into this form first; `evals quantization` compares all of them.
     """
     from evals.run import run_tasks
     from evals.tasks import Options, find
 
     chosen = find(tasks)
     options = Options(data_root, split, limit, seed)
-    path = run_tasks(chosen, model, options, records, output, report)
+    path = run_tasks(chosen, model, options, records, output, report, quantize)
     if output is not None:
         print(f"results: {output}")
     if path is not None:
@@ -92,6 +94,35 @@ def list_tasks() -> None:
     (console if console.is_terminal else Console(width=170)).print(table)
 
 
+def quantization(
+    tasks: Annotated[list[str], tyro.conf.Positional],
+    output: Path,
+    model: str = "nano",
+    data_root: Path | None = None,
+    split: Literal["train", "dev", "all"] = "dev",
+    limit: int | None = None,
+    seed: int = 0,
+    records: Path = Path("runs/evals"),
+) -> None:
+    """Measure what int8, int4 and fp8 cost: the same rows asked of each, and the paired difference.
+
+    Args:
+        tasks: Names of tasks that ask the core, such as text-perplexity and text-qa.
+        output: Write the results here (JSON).
+        model: nano, or a model's folder.
+        data_root: Folder with local copies of the datasets; without it they come from the hub.
+        split: Which rows: dev is a fixed part that no trainer sees, all is every row there.
+        limit: Ask at most this many rows per task (a fixed random choice).
+        seed: Seed of the subset and the bootstrap.
+        records: Folder where every single answer is kept; the same command continues an interrupted run.
+    """
+    from evals.quantization import compare
+    from evals.tasks import Options, find
+
+    compare(find(tasks), model, Options(data_root, split, limit, seed), records, output)
+    print(f"results: {output}")
+
+
 def reproduce_nano(
     data_root: Path | None = None, out: Path = Path("runs/nano"), seed: int = 0, install: bool = True
 ) -> None:
@@ -113,5 +144,11 @@ def main() -> None:
     cli_tools.run(
         "evals",
         "One harness for text, vision, speech and safety.",
-        {"run": run, "quickstart": quickstart, "list": list_tasks, "reproduce-nano": reproduce_nano},
+        {
+            "run": run,
+            "quickstart": quickstart,
+            "list": list_tasks,
+            "quantization": quantization,
+            "reproduce-nano": reproduce_nano,
+        },
     )

@@ -63,10 +63,15 @@ def load_guard(where: str | Path = "nano") -> "Guard":
 
 
 class Subject:
-    """A model under test. Its parts load on first use, so a text task never waits for an encoder."""
+    """A model under test. Its parts load on first use, so a text task never waits for an encoder.
 
-    def __init__(self, where: str | Path = "nano") -> None:
+    `quantization` names a scheme of `core_llm.quantize`, into which the core is brought after the adapters
+    have checked that it is theirs. The guard has a core of its own, which stays as it is.
+    """
+
+    def __init__(self, where: str | Path = "nano", quantization: str | None = None) -> None:
         self.name = str(where)
+        self.quantization = quantization
         self._folders = folders(where)
 
     def require(self, needs: Sequence[str], task: str) -> None:
@@ -75,6 +80,8 @@ class Subject:
             if kind not in self._folders:
                 lack = _MISSING.get(kind, "has no core")
                 raise UserError(f"model '{self.name}' {lack}, which task '{task}' needs")
+        if self.quantization and "guard" in needs:
+            raise UserError(f"task '{task}' asks the guard, and --quantize is for the core; leave one out")
 
     @cached_property
     def assistant(self) -> "Assistant":
@@ -93,6 +100,11 @@ class Subject:
             import speech_adapter
 
             adapters.append(speech_adapter.load(self._folders["audio"], core))
+        if self.quantization:
+            from core_llm.quantize import pack, quantize
+
+            quantize(core, self.quantization)
+            pack(core)
         return Assistant(core, tokenizer, adapters)
 
     @cached_property
@@ -129,11 +141,13 @@ class Subject:
         return self.guard.classify(conversations, batch_size=len(conversations))
 
     def fingerprint(self, needs: Sequence[str]) -> str:
-        """SHA-256 over the files of the parts in use and over the code that runs them."""
+        """SHA-256 over the files of the parts in use, the quantisation, and the code that runs them."""
         kinds = [kind for kind in ("core", *PARTS) if kind in needs and kind in self._folders]
         digest = hashlib.sha256(_code_digest().encode())
         for kind in kinds:
             digest.update(f"{kind}:{self.part_hashes[kind]}".encode())
+        if self.quantization:
+            digest.update(f"quantization:{self.quantization}".encode())
         return digest.hexdigest()
 
     @cached_property

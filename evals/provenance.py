@@ -14,14 +14,16 @@ from typing import Any
 _PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "core-llm")
 
 
-def collect(model: str, hashes: dict[str, str], seed: int) -> dict[str, Any]:
+def collect(model: str, hashes: dict[str, str], seed: int, quantization: str | None = None) -> dict[str, Any]:
     """What all tasks of one run share."""
+    name = Path(model).name
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(sys.argv),
         "commit": commit(),
         "seed": seed,
-        "model": Path(model).name,
+        "model": f"{name} ({quantization})" if quantization else name,
+        "quantization": quantization,
         "model_sha256": hashes,
         "python": platform.python_version(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},

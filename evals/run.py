@@ -17,6 +17,7 @@ def run_tasks(
     records: Path,
     output: Path | None = None,
     report: Path | None = None,
+    quantization: str | None = None,
 ) -> Path | None:
     """Evaluate, print the scorecard, write what was asked for; returns the path of the report.
 
@@ -32,10 +33,10 @@ def run_tasks(
     for path in (output, report / "index.html" if report else None):
         if path is not None:
             results.check_writable(path)
-    subject = Subject(model)
+    subject = Subject(model, quantization)
     for task in tasks:
         subject.require(task.needs, task.name)
-    shared = provenance.collect(model, subject.part_hashes, options.seed)
+    shared = provenance.collect(model, subject.part_hashes, options.seed, quantization)
     evaluations: list[Evaluation] = []
     entries: list[results.Entry] = []
     for task in tasks:

@@ -152,25 +152,52 @@ def estimate(
     score is for that group only. A metric that the sample leaves undefined (no unsafe row) is NaN.
     """
     columns = columns_of(rows)
-    _, index = np.unique(np.asarray(groups), return_inverse=True)
-    if index.max() == 0:
-        index = np.arange(len(rows))
-    count = int(index.max()) + 1
     ones = np.ones((1, len(rows)))
     values = {name: float(METRICS[name](columns, ones)[0]) for name in names}
+    draws, count = _draws(names, columns, groups, seed, resamples)
+    result = {}
+    for name in names:
+        low, high = _percentiles(draws[name])
+        if low == high and name in ("accuracy", "exact_match", "fpr", "f1"):
+            low, high = _all_equal(values[name], count)
+        result[name] = Estimate(values[name], low, high)
+    return result
+
+
+def difference(
+    name: str,
+    rows: Sequence[Mapping[str, float]],
+    other: Sequence[Mapping[str, float]],
+    groups: Sequence[str],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """How much higher a metric is on `other` than on `rows`: two ways to answer the same samples.
+
+    Both sides see the same resamples, so what makes a sample hard for both cancels out.
+    """
+    sides = [columns_of(rows), columns_of(other)]
+    ones = np.ones((1, len(rows)))
+    before, after = (float(METRICS[name](columns, ones)[0]) for columns in sides)
+    first, second = (_draws([name], columns, groups, seed, resamples)[0][name] for columns in sides)
+    return Estimate(after - before, *_percentiles(second - first))
+
+
+def _draws(
+    names: Sequence[str], columns: Columns, groups: Sequence[str], seed: int, resamples: int
+) -> tuple[dict[str, Floats], int]:
+    """Each metric in every resample [R], and the number of groups that were drawn from."""
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    if index.max() == 0:
+        index = np.arange(len(groups))
+    count = int(index.max()) + 1
     draws: dict[str, list[Floats]] = {name: [] for name in names}
     summed = _per_group_sums(columns, index, count)
     rng = np.random.default_rng(seed)
     for weights in _weights(count, resamples, rng):
         for name in names:
             draws[name].append(_resampled(name, columns, summed, index, weights))
-    result = {}
-    for name in names:
-        low, high = _percentiles(np.concatenate(draws[name]))
-        if low == high and name in ("accuracy", "exact_match", "fpr", "f1"):
-            low, high = _all_equal(values[name], count)
-        result[name] = Estimate(values[name], low, high)
-    return result
+    return {name: np.concatenate(parts) for name, parts in draws.items()}, count
 
 
 def _per_group_sums(columns: Columns, index: NDArray[np.int64], count: int) -> dict[str, Floats]:

@@ -28,6 +28,7 @@ from core_llm.kernels.cpu import ops
 from core_llm.model import Llama
 from core_llm.quantized_linear import INT4_GROUP, Int4Linear, Int8Linear, QuantizedLinear
 from core_llm.rope import rope_frequencies
+from core_llm.stored import DType
 
 if TYPE_CHECKING:
     from core_llm.tokenizer import Tokenizer
@@ -110,6 +111,11 @@ def _plan(core: Llama, scheme: str) -> dict[str, type[QuantizedLinear]]:
     foreign = [name for name in linear if not _NAME.fullmatch(name)]
     if foreign:
         raise UserError(f"{foreign[0]} is no layer of a bare core; merge LoRA into it before quantising")
+    hooked = [name for name, module in linear.items() if module._forward_hooks]
+    if hooked:  # they would be lost with the module
+        raise UserError(
+            f"{hooked[0]} has LoRA attached; merge it into the core or detach it before quantising"
+        )
     n_layers = core.config.n_layers
     chosen = {name: kind for name in linear if (kind := SCHEMES[scheme](name, n_layers)) is not None}
     if not chosen:
@@ -139,6 +145,12 @@ def model_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers; memory that two of them share counts once."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def saved_bytes(core: Llama) -> int:
+    """Bytes of the weights on disk: values and scales, and bf16 for all that is not quantised."""
+    quantized = sum(m.saved_bytes() for m in core.modules() if isinstance(m, QuantizedLinear))
+    return quantized + 2 * sum(parameter.numel() for parameter in core.parameters())
 
 
 def pack(core: Llama) -> str:
@@ -214,8 +226,10 @@ def _quantized_names(core: Llama) -> set[str]:
     return {name for name, module in core.named_modules() if isinstance(module, QuantizedLinear)}
 
 
-def load_quantized(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Llama, "Tokenizer"]:
-    """A core that `save_quantized` wrote: frozen, in evaluation mode; `dtype` is that of the other weights.
+def load_quantized(folder: Path, dtype: DType = torch.float32) -> tuple[Llama, "Tokenizer"]:
+    """A core that `save_quantized` wrote: frozen, in evaluation mode.
+
+    `dtype` is that of the weights that were left ("auto": bf16, as they are stored).
 
     Raises `CheckpointError` that names file and key for anything missing, unknown or misshapen.
     """
@@ -231,7 +245,8 @@ def load_quantized(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Ll
     if tied:
         del wanted["lm_head.weight"]
     own = _quantized_names(core)
-    tensors = _read_strict(folder / WEIGHTS, wanted, own, dtype)
+    left = torch.bfloat16 if dtype == "auto" else dtype
+    tensors = _read_strict(folder / WEIGHTS, wanted, own, left)
     if tied:
         tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
     core.load_state_dict(tensors, assign=True)
@@ -300,12 +315,19 @@ def _read_strict(
     return tensors
 
 
-def quantize_checkpoint(source: str, folder: Path, scheme: str) -> Report:
-    """Read a core in its stored dtype, quantise it with a progress bar, and write it to a folder."""
+def quantize_checkpoint(source: str, folder: Path, scheme: str, overwrite: bool = False) -> Report:
+    """Read a core in its stored dtype, quantise it with a progress bar, and write it to a folder.
+
+    Raises what `quantize` and `load_core` raise, and `UserError` for a folder that is not empty.
+    """
     from core_llm.checkpoint import load_core
 
     if scheme not in SCHEMES:
         raise UserError(f"unknown quantisation '{scheme}'; known: {', '.join(SCHEMES)}")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise UserError(
+            f"{folder}: is not empty; give another folder, or --overwrite to replace what is there"
+        )
     core, tokenizer = load_core(source, "auto")
     digest = core_hash(core)
     report = quantize(core, scheme, progress=True)

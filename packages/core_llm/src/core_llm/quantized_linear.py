@@ -74,6 +74,12 @@ class QuantizedLinear(nn.Module):
     def pack(self, dtype: torch.dtype) -> None:
         """Reorder for the CPU's product with activations of `dtype`, where it wants another order."""
 
+    def saved_bytes(self) -> int:
+        """Bytes of the saved form, packed or not."""
+        with torch.device("meta"):
+            empty = type(self)(self.in_features, self.out_features)
+        return sum(tensor.nbytes for tensor in empty.state_dict().values())
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
         y = self._product(x.reshape(-1, self.in_features))
