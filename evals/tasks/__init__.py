@@ -6,9 +6,9 @@ from evals.tasks.base import Control, Options, Output, Sample, Task
 
 def registry() -> dict[str, Task]:
     """Every known task by name, in the order of the scorecard."""
-    from evals.tasks import regression, safety, speech, text, vision
+    from evals.tasks import needle, regression, safety, speech, text, vision
 
-    tasks = [*text.TASKS, *regression.TASKS, *vision.TASKS, *speech.TASKS, *safety.TASKS]
+    tasks = [*text.TASKS, *needle.TASKS, *regression.TASKS, *vision.TASKS, *speech.TASKS, *safety.TASKS]
     return {task.name: task for task in tasks}
 
 

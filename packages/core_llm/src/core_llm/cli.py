@@ -41,7 +41,7 @@ def pretrain(
 
 
 def generate(
-    prompt: cli_tools.Positional[str],
+    prompts: cli_tools.Positional[tuple[str, ...]] = (),
     model: str = "nano",
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -49,32 +49,40 @@ def generate(
     top_k: int = 0,
     min_p: float = 0.0,
     seed: int = 0,
+    stop: tuple[str, ...] = (),
+    logprobs: int | None = None,
+    system: str | None = None,
+    raw: bool = False,
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32",
+    input: Path | None = None,
+    out: Path | None = None,
+    verbose: bool = False,
 ) -> None:
-    """Answer a prompt, streamed to stdout.
+    """Answer prompts: one as plain text while it comes, several or --logprobs as JSON lines.
 
     Args:
-        prompt: What the user says; "-" reads it from standard input.
-        model: nano, or a folder with a checkpoint.
-        max_new_tokens: Length limit of the answer.
+        prompts: What the user says; "-" reads one from standard input.
+        model: nano, a folder with a checkpoint, or a hub id.
+        max_new_tokens: Length limit of an answer.
         temperature: 0 takes the most probable token; higher values draw more freely.
         top_p: Draw from the smallest set of tokens with this probability mass.
         top_k: Draw from this many tokens at most (0: no limit).
         min_p: Leave out tokens below this share of the most probable one.
-        seed: Seed of the draws.
+        seed: Seed of the draws, the same for every prompt.
+        stop: Strings that end an answer and are left out of it.
+        logprobs: Report every token's log-probability and those of this many alternatives.
+        system: System message before every prompt.
+        raw: Continue the prompt as it is, without the chat format; for base models.
+        dtype: Of the weights; auto keeps the stored one.
+        input: JSONL file with a prompt (a string) or messages (role, content) per line, and an id if wanted.
+        out: JSONL file for the answers; run again after an interruption, it does only what is missing.
+        verbose: Tell speeds on standard error.
     """
-    import sys
-
-    from core_llm.adapters import Assistant
-    from core_llm.chat import Message
-    from core_llm.checkpoint import load_core
+    from core_llm.prompts import Job, answer
     from core_llm.sampling import Sampling
 
-    text = sys.stdin.read() if prompt == "-" else prompt
     settings = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, seed)
-    assistant = Assistant(*load_core(model))
-    for piece in assistant.stream([Message("user", text)], settings):
-        print(piece, end="", flush=True)
-    print()
+    answer(Job(model, dtype, settings, system, raw, stop, logprobs), prompts, input, out, verbose)
 
 
 def needle(
@@ -94,13 +102,13 @@ def needle(
     from core_llm.train.fit import FitConfig
     from core_llm.train.needle import NeedleConfig, train_needle
 
-    core, tokenizer = load_core(model)
+    core, tokenizer = load_core(model, mapped=False)  # training writes to the weights
     settings = FitConfig(
         out / "state", steps=steps, lr=lr, seed=seed, warmup=30, resume=resume, save_every=100
     )
     figures = train_needle(core, tokenizer, settings, NeedleConfig(seed=seed))
     save_core(out / "core", core, tokenizer)
-    print(f"core saved in {out / 'core'}; {figures['held_out_right']:.0%} of held-out answer tokens right")
+    print(f"core saved in {out / 'core'}; {figures['held_out_right']:.0%} of held-out answers right")
 
 
 def convert(
@@ -136,10 +144,56 @@ def convert(
     print(f"{source} written to {target} ({to} layout)")
 
 
+def quantize(
+    source: cli_tools.Positional[str],
+    target: cli_tools.Positional[Path],
+    scheme: Literal["int8", "int4", "fp8"],
+    overwrite: bool = False,
+) -> None:
+    """Write a core with its linear layers in fewer bits; `--model` takes the result wherever it takes a core.
+
+    Args:
+        source: nano, a folder with a checkpoint, or a hub id.
+        target: Folder to write; it appears when all of it is there.
+        scheme: int8 or int4 weights, or fp8 weights and activations in the feed-forward layers.
+        overwrite: Replace the checkpoint in a target that is not empty.
+    """
+    from core_llm.quantize import quantize_checkpoint
+
+    print(quantize_checkpoint(source, target, scheme, overwrite))
+    print(f"quantised core saved in {target}")
+
+
+def lora_merge(
+    core: cli_tools.Positional[str], adapter: cli_tools.Positional[Path], out: cli_tools.Positional[Path]
+) -> None:
+    """Write a core with the updates of a LoRA adapter in its weights.
+
+    Args:
+        core: The core that the adapter was trained on: nano, or a folder with a checkpoint.
+        adapter: Folder with the adapter's config.json and weights.
+        out: Folder for the merged core, in the Hugging Face layout.
+    """
+    from core_llm.checkpoint import load_core, save_core
+    from core_llm.lora import LoRA
+
+    model, tokenizer = load_core(core, "auto")
+    LoRA.load(adapter, model).merge()
+    save_core(out, model, tokenizer, dtype="auto")
+    print(f"merged core saved in {out}")
+
+
 def main() -> None:
     """Entry point of the console script."""
     cli_tools.run(
         "core-llm",
         "The Llama core: pre-train, generate.",
-        {"pretrain": pretrain, "generate": generate, "needle": needle, "convert": convert},
+        {
+            "pretrain": pretrain,
+            "generate": generate,
+            "lora-merge": lora_merge,
+            "needle": needle,
+            "convert": convert,
+            "quantize": quantize,
+        },
     )

@@ -3,7 +3,6 @@
 Reads and writes `tokenizer.json` (tokenizers) and the released `tokenizer.model` (tiktoken).
 """
 
-import codecs
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -132,10 +131,6 @@ class Tokenizer:
             self._bytes = words + [special.get(i, b"") for i in range(self.n_words, last + 1)]
         return self._bytes
 
-    def stream(self) -> "TextStream":
-        """A decoder for ids that come one at a time."""
-        return TextStream(self)
-
     def save(self, path: Path) -> None:
         """Write the vocabulary: as a tiktoken file where the name ends in `.model`, else as `tokenizer.json`.
 
@@ -186,27 +181,6 @@ class Tokenizer:
         names = special_tokens()
         vocabulary.add_special(backend, names)
         return cls(backend, n_words, {name: n_words + i for i, name in enumerate(names)})
-
-
-class TextStream:
-    """Decodes ids one at a time; what it gives out never ends inside a character.
-
-    The pieces together, `finish` included, are `Tokenizer.decode` of all ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def feed(self, token: int) -> str:
-        """The text that this id completes; empty for a special token or while a character lacks bytes."""
-        if token >= self._tokenizer.n_words:
-            return ""
-        return self._decoder.decode(self._tokenizer.token_bytes[token])
-
-    def finish(self) -> str:
-        """U+FFFD for the bytes of a character that was never completed, else nothing."""
-        return self._decoder.decode(b"", final=True)
 
 
 def _without_surrogates(text: str) -> str:

@@ -1,7 +1,8 @@
 """A needle in a haystack: one fact among many other sentences, asked for at the end.
 
 Other facts of the same form stand around it, so that to answer is to look a key up, not to find the one odd
-sentence. Sentences and words are the project's own.
+sentence. A fact is a pair of words, key and value; the answer repeats the fact. Sentences and words are the
+project's own.
 """
 
 import random
@@ -36,24 +37,42 @@ class Haystack:
         """What is asked after the text."""
         return _question(self.key)
 
+    @property
+    def answer(self) -> str:
+        """The one right answer."""
+        return _answer(self.key, self.value)
+
     def messages(self, needle: bool = True) -> tuple[Message, ...]:
         """The conversation that asks for the value; without `needle`, the control: nothing to find."""
         return (Message("user", f"{self.text if needle else self.bare} {self.question}"),)
 
 
+def _answer(key: str, value: str) -> str:
+    return f"the pair {key} {value}"
+
+
 def _fact(key: str, value: str) -> str:
-    return f"the secret word of the {key} is {value}."
+    return f"remember {_answer(key, value)}."
 
 
 def _question(key: str) -> str:
-    return f"what is the secret word of the {key}?"
+    return f"which pair begins with {key}?"
 
 
-def _filler(rng: random.Random, budget: int, count: Callable[[str], int]) -> list[str]:
-    """Sentences of `budget` tokens together at most."""
+def _pairs(rng: random.Random, n: int) -> list[tuple[str, str]]:
+    """Keys, all different, each with a value that is no key: `n` facts."""
+    keys = rng.sample(WORDS, n)
+    values = [word for word in WORDS if word not in keys]
+    return [(key, rng.choice(values)) for key in keys]
+
+
+def _filler(rng: random.Random, budget: int, keys: Sequence[str], count: Callable[[str], int]) -> list[str]:
+    """Sentences of `budget` tokens together at most; none says anything about the keys."""
     sentences: list[str] = []
     while True:
         sentence = f"{command_phrase(rng)}."
+        if any(key in sentence for key in keys):
+            continue
         budget -= count(f" {sentence}")
         if budget < 0:
             return sentences
@@ -67,38 +86,43 @@ def haystack(
 
     count: number of tokens of a text. Raises `UserError` where the needle alone does not fit.
     """
-    keys = rng.sample(WORDS, distractors + 1)
-    values = [rng.choice([word for word in WORDS if word != key]) for key in keys]
-    facts = [_fact(key, value) for key, value in zip(keys, values, strict=True)]
-    budget = (
-        tokens - _CHAT_TOKENS - count(f" {_question(keys[0])}") - sum(count(f" {fact}") for fact in facts)
-    )
+    pairs = _pairs(rng, distractors + 1)
+    key, value = pairs[0]
+    facts = [_fact(*pair) for pair in pairs]
+    budget = tokens - _CHAT_TOKENS - count(f" {_question(key)}") - sum(count(f" {fact}") for fact in facts)
     if budget < 0:
         raise UserError(f"a haystack of {tokens} tokens has no room for {len(facts)} facts; take more tokens")
-    sentences = _filler(rng, budget, count)
+    sentences = _filler(rng, budget, [key for key, _ in pairs], count)
     for fact in facts[1:]:
         sentences.insert(rng.randint(0, len(sentences)), fact)
     at = round(depth * len(sentences))
     with_needle = [*sentences[:at], facts[0], *sentences[at:]]
-    return Haystack(" ".join(with_needle), " ".join(sentences), keys[0], values[0], depth)
+    return Haystack(" ".join(with_needle), " ".join(sentences), key, value, depth)
 
 
 def lookup_conversation(
     rng: random.Random, tokens: int, count: Callable[[str], int], facts: int = 8
 ) -> list[Message]:
     """A haystack of about `tokens` tokens with several facts and a question about each, to learn from."""
-    keys = rng.sample(WORDS, facts)
-    pairs = [(key, rng.choice([word for word in WORDS if word != key])) for key in keys]
+    pairs = _pairs(rng, facts)
     turns: list[Message] = []
     for key, value in rng.sample(pairs, facts):
-        turns += [Message("user", _question(key)), Message("assistant", value)]
+        turns += [Message("user", _question(key)), Message("assistant", _answer(key, value))]
     needed = sum(count(f" {_fact(*pair)}") for pair in pairs)
     needed += sum(count(turn.text) + _CHAT_TOKENS // 2 for turn in turns)
-    sentences = _filler(rng, max(0, tokens - needed), count)
+    sentences = _filler(rng, max(0, tokens - needed), [key for key, _ in pairs], count)
     for pair in pairs:
         sentences.insert(rng.randint(0, len(sentences)), _fact(*pair))
     first = Message("user", f"{' '.join(sentences)} {turns[0].text}")
     return [first, *turns[1:]]
+
+
+def recital(rng: random.Random, facts: int = 12) -> list[Message]:
+    """Facts, and all of them again in another order: the same skill without a haystack, asked densely."""
+    pairs = _pairs(rng, facts)
+    said = " ".join(f"{_answer(*pair)}." for pair in rng.sample(pairs, facts))
+    listed = " ".join(_fact(*pair) for pair in pairs)
+    return [Message("user", f"{listed} which pairs are there?"), Message("assistant", said)]
 
 
 def haystacks(

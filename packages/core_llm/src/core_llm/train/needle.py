@@ -101,13 +101,15 @@ class NeedleTask:
     def loss(self, batch: Lookups) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of the answers, nats per token."""
         logits, targets = self._answers(batch)
-        loss = F.cross_entropy(logits, targets)
-        words = targets != self.tokenizer.eot_id
-        right = (logits.argmax(-1) == targets)[words].float().mean().item()
-        return loss, {"right": right, "length": float(batch.tokens.shape[1])}
+        # An answer is right when every token of it is; each ends with its end of turn.
+        ends = targets == self.tokenizer.eot_id
+        number = ends.cumsum(0) - ends.long()
+        wrong = torch.bincount(number, weights=(logits.argmax(-1) != targets).float())
+        right = (wrong == 0).float().mean().item()
+        return F.cross_entropy(logits, targets), {"right": right, "length": float(batch.tokens.shape[1])}
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and share of right answer tokens (end of turn left out) on texts of the full length."""
+        """Loss and share of right answers (each told the ones before) on texts of the full length."""
         rng = random.Random("needle held-out")
         figures: list[tuple[float, float]] = []
         for _ in range(self.config.held_out):
