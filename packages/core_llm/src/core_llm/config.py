@@ -21,7 +21,7 @@ class RopeScaling:
 class LlamaConfig:
     """Everything that fixes the shape of a Llama.
 
-    Raises `CheckpointError` where heads do not divide evenly.
+    Raises `CheckpointError` where heads do not divide evenly or have an odd width, which cannot rotate.
     """
 
     dim: int
@@ -41,6 +41,8 @@ class LlamaConfig:
             raise CheckpointError(f"dim {self.dim} is not divisible by n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:
             raise CheckpointError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise CheckpointError(f"head_dim {self.head_dim} is odd: rotary channels come in pairs")
 
     @property
     def head_dim(self) -> int:
