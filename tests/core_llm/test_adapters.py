@@ -139,6 +139,40 @@ def test_stream_yields_the_generated_text() -> None:
     assert "".join(assistant.stream(TEXT, settings)).strip() == assistant.generate([TEXT], settings)[0]
 
 
+def test_prefill_in_chunks_meets_the_same_pictures_and_sounds() -> None:
+    assistant = Assistant(CORE, TOKENIZER, [Shift(), Stream()])
+    settings = Sampling(max_new_tokens=8)
+    plain = assistant.complete([SOUND, TEXT, IMAGE], settings, logprobs=0)
+    for a, b in zip(assistant.complete([SOUND, TEXT, IMAGE], settings, logprobs=0, chunk=5), plain):
+        assert a.tokens == b.tokens
+        assert [x.logprob for x in a.logprobs] == pytest.approx([x.logprob for x in b.logprobs], abs=1e-4)
+    fixed = assistant.complete([SOUND, TEXT, IMAGE], settings, engine="static")
+    assert [c.tokens for c in fixed] == [c.tokens for c in plain]
+
+
+def test_shared_messages_change_no_answer_with_or_without_media() -> None:
+    assistant = Assistant(CORE, TOKENIZER, [Shift(), Stream()])
+    system = [Message("system", "You name the shapes in a picture, and their colors.")]
+    conversations = [system + SOUND, system + TEXT, system + IMAGE]
+    settings = Sampling(max_new_tokens=8)
+    prefix = assistant.share(system)
+    shared = assistant.complete(conversations, settings, prefix=prefix)
+    plain = assistant.complete(conversations, settings)
+    assert [c.text for c in shared] == [c.text for c in plain]
+    assert [c.usage.prompt_tokens for c in shared] == [c.usage.prompt_tokens for c in plain]
+    assert {c.usage.cached_tokens for c in shared} == {len(prefix)}
+    assert "".join(assistant.stream(conversations[0], settings, prefix=prefix)) == plain[0].text
+
+
+def test_conversations_that_do_not_begin_with_the_prefix_are_refused() -> None:
+    assistant = Assistant(CORE, TOKENIZER, [Shift(), Stream()])
+    prefix = assistant.share([Message("system", "You name the shapes in a picture.")])
+    with pytest.raises(UserError, match="shared prefix"):
+        assistant.complete([TEXT], prefix=prefix)
+    with pytest.raises(UserError, match="text only"):
+        assistant.share(IMAGE)
+
+
 def test_part_without_adapter_is_refused() -> None:
     with pytest.raises(UserError, match="no adapter for image"):
         Assistant(CORE, TOKENIZER, [Stream()]).generate([IMAGE])

@@ -16,7 +16,7 @@ from core_llm.model import Llama
 from core_llm.sampling import Sampling
 from core_llm.testing import tiny_core
 
-CONFIG = LlamaConfig(32, 2, 4, 2, 64, vocab_size=120, max_positions=256)
+CONFIG = LlamaConfig(64, 2, 4, 2, 96, vocab_size=120, max_positions=256)
 CORE = Llama(CONFIG).initialise(0).eval().requires_grad_(False)
 CORE.lm_head.weight.mul_(3)  # sharper than random: no near-ties for rounding to decide
 RANDOM = torch.Generator().manual_seed(2)
@@ -92,13 +92,13 @@ def test_logprobs_equal_the_uncached_core_in_float64() -> None:
         with torch.inference_mode():
             logits = CORE(torch.tensor([[*prompt, *answer.tokens]]))[0, len(prompt) - 1 : -1]
         log_p = logits.double().log_softmax(-1)
-        assert answer.logprobs is not None and len(answer.logprobs) == len(answer.tokens) == 10
+        assert len(answer.logprobs) == len(answer.tokens) == 10
         for token, row, entry in zip(answer.tokens, log_p, answer.logprobs):
             assert entry.token == token
             assert entry.logprob == pytest.approx(row[token].item(), abs=1e-4)
             assert list(entry.top_logprobs) == row.topk(4).indices.tolist()
             assert list(entry.top_logprobs.values()) == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
-    assert generate(CORE, PROMPTS, settings)[0].logprobs is None
+    assert generate(CORE, PROMPTS, settings)[0].logprobs == ()
 
 
 def test_events_tell_each_row_to_its_end() -> None:
@@ -141,9 +141,7 @@ def test_shared_prefix_is_computed_once_and_changes_nothing() -> None:
     assert sum(seen) == 50 + 2 * 4 * (width + 11)  # the padded prompts and 11 steps, twice; the head once
     assert tokens(shared) == tokens(plain) == tokens(again[::-1])
     for a, b in zip(shared, plain):
-        assert [x.logprob for x in a.logprobs or ()] == pytest.approx(
-            [x.logprob for x in b.logprobs or ()], abs=1e-4
-        )
+        assert [x.logprob for x in a.logprobs] == pytest.approx([x.logprob for x in b.logprobs], abs=1e-4)
         assert a.usage.prompt_tokens == b.usage.prompt_tokens and a.usage.cached_tokens == 50
 
 

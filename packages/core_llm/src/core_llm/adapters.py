@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core_llm.cache import Prefix
-from core_llm.chat import Message, Part, Rendered, render
+from core_llm.chat import ChatFormat, Message, Part, Rendered, render
 from core_llm.errors import UserError
 from core_llm.generate import (
     Completion,
@@ -86,10 +86,17 @@ class _Placed:
 class Assistant:
     """A core with adapters: answers conversations that mix text, images and audio.
 
-    Without media in a request it calls the core exactly as the bare core would be called.
+    Without media in a request it calls the core exactly as the bare core would be called. `chat` is the
+    format that the core was trained on, by default the one of the released model of its shape.
     """
 
-    def __init__(self, core: Llama, tokenizer: Tokenizer, adapters: Sequence[Adapter] = ()) -> None:
+    def __init__(
+        self,
+        core: Llama,
+        tokenizer: Tokenizer,
+        adapters: Sequence[Adapter] = (),
+        chat: ChatFormat | None = None,
+    ) -> None:
         if tokenizer.vocab_size > core.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the core only {core.config.vocab_size}: "
@@ -98,13 +105,16 @@ class Assistant:
         self.core = core
         self.tokenizer = tokenizer
         self.adapters = tuple(adapters)
+        self.chat = chat or ChatFormat.of(core.config)
 
     def prepare(self, conversations: Sequence[Sequence[Message]], generation_prompt: bool = True) -> Request:
         """Render, decode, encode and place a batch of conversations.
 
         Raises `UserError` for an empty prompt or a part that no adapter takes, `MediaError` for a bad file.
         """
-        rendered = [render(messages, self.tokenizer, generation_prompt) for messages in conversations]
+        rendered = [
+            render(messages, self.tokenizer, generation_prompt, self.chat) for messages in conversations
+        ]
         placed = [_Placed(row, index, part) for row, r in enumerate(rendered) for index, part in r.parts]
         self._check_parts(placed)
         encoded = []

@@ -3,7 +3,7 @@
 Axes: B batch, T text positions, P positions of a shared prefix, C model width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict, Unpack
 
@@ -133,7 +133,7 @@ class Completion:
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     usage: Usage
-    logprobs: tuple[TokenLogprob, ...] | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()  # empty unless asked for
 
 
 class Options(TypedDict, total=False):
@@ -198,7 +198,7 @@ def compute_prefix(core: Llama, tokens: Sequence[int], chunk: int = PREFILL_CHUN
     """
     weight = core.embed_tokens.weight
     request = Request.of_tokens([tokens], weight.device)
-    _check_room(len(tokens), 1, core.config.max_positions)
+    check_room(len(tokens), 1, core.config.max_positions)
     cache = KVCache(core.config, 1, len(tokens), weight.dtype, weight.device)
     prefill(core, request, cache, chunk)
     return Prefix(tuple(tokens), cache.keys, cache.values)
@@ -234,13 +234,18 @@ def generate(
     **options: Unpack[Options],
 ) -> list[Completion]:
     """Continue a batch of prompts; takes what `stream` takes. Completions in the order of the prompts."""
+    return collect(stream(core, prompts, sampling, tokenizer, **options))
+
+
+def collect(events: Iterable[Event]) -> list[Completion]:
+    """The completions that the events of `stream` add up to, in the order of the prompts."""
     rows: dict[int, list[Event]] = {}
-    for event in stream(core, prompts, sampling, tokenizer, **options):
+    for event in events:
         rows.setdefault(event.index, []).append(event)
-    return [_completion(rows[index], options.get("logprobs") is not None) for index in sorted(rows)]
+    return [_completion(rows[index]) for index in sorted(rows)]
 
 
-def _completion(events: Sequence[Event], with_logprobs: bool) -> Completion:
+def _completion(events: Sequence[Event]) -> Completion:
     last = events[-1]
     assert last.finish_reason is not None and last.usage is not None
     return Completion(
@@ -248,7 +253,7 @@ def _completion(events: Sequence[Event], with_logprobs: bool) -> Completion:
         tokens=tuple(event.token for event in events if event.token is not None),
         finish_reason=last.finish_reason,
         usage=last.usage,
-        logprobs=tuple(e.logprob for e in events if e.logprob is not None) if with_logprobs else None,
+        logprobs=tuple(event.logprob for event in events if event.logprob is not None),
     )
 
 
@@ -273,7 +278,7 @@ class _Run:
             raise ValueError(f"{batch} prompts but {len(self.settings)} samplings")
         self.cached = len(self.prefix) if self.prefix else 0
         for n, s in zip(self.lengths, self.settings, strict=True):
-            _check_room(self.cached + n, s.max_new_tokens, core.config.max_positions)
+            check_room(self.cached + n, s.max_new_tokens, core.config.max_positions)
         stop = tuple(options.get("stop", ()))
         if stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
@@ -355,8 +360,11 @@ def _as_request(core: Llama, prompts: Prompts, tokenizer: Tokenizer | None, begi
     return Request.of_tokens(rows, core.embed_tokens.weight.device)
 
 
-def _check_room(prompt_tokens: int, max_new_tokens: int, context: int) -> None:
-    """Refuse before anything is computed; silently shortening either would change the answer."""
+def check_room(prompt_tokens: int, max_new_tokens: int, context: int) -> None:
+    """Refuse what does not fit the context, before anything is computed.
+
+    Raises `UserError` that says both lengths; shortening either in silence would change the answer.
+    """
     if prompt_tokens >= context:
         raise UserError(
             f"the prompt is {prompt_tokens} tokens long, the model's context holds {context} and an answer "
