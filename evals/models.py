@@ -174,7 +174,7 @@ def _code_digest() -> str:
     digest = hashlib.sha256()
     roots = [Path(core_llm.__file__).parent, *(_package_folder(name).parent for name in PARTS.values())]
     for root in roots:
-        for path in sorted(root.rglob("*.py")):
+        for path in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".c", ".h")):
             digest.update(path.relative_to(root).as_posix().encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
