@@ -223,7 +223,7 @@ def _browser_row(
         for part in message.parts:
             if isinstance(part, Text):
                 asked.append({"role": message.role, "text": part.text})
-            else:
+            elif isinstance(part, Image | Audio):
                 kind = "image" if isinstance(part, Image) else "audio"
                 asked.append({"role": message.role, kind: media.add(part)})
     return {

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from core_llm.cache import KVCache
 from core_llm.config import LlamaConfig
 from core_llm.kernels import Mask, attend, attend_shared
+from core_llm.kernels.cpu.block import BF16, Matrix, decode_block, hooked, matrices, suits
 from core_llm.kernels.steps import linear, rms_norm, swiglu
 from core_llm.rope import apply_rotations
 
@@ -35,6 +36,12 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
         return linear(x, self.weight)
+
+    def cpu_matrix(self) -> Matrix | None:
+        """The weight for the C kernels, which read bf16 of one piece."""
+        if self.weight.dtype != torch.bfloat16 or not self.weight.is_contiguous():
+            return None
+        return Matrix(BF16, self.out_features, self.in_features, self.weight)
 
 
 class Attention(nn.Module):
@@ -108,5 +115,31 @@ class Block(nn.Module):
         layer: int,
     ) -> Tensor:
         """[B, T, C] → [B, T, C]."""
+        if cache is not None and mask.offsets is cache.lengths and x.shape[1] == 1:
+            out = self._decoded_at_once(x, rotation, cache, layer)
+            if out is not None:
+                return out
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def _decoded_at_once(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache, layer: int
+    ) -> Tensor | None:
+        """The same steps for one new token per row as a single call of the C kernels, where they serve."""
+        keys = cache.keys[layer]
+        first, second, attention, mlp = (
+            self.input_layernorm,
+            self.post_attention_layernorm,
+            self.self_attn,
+            self.mlp,
+        )
+        if cache.prefix is not None or not suits(x, keys, attention.head_dim):
+            return None
+        if hooked(first, second, attention, mlp):
+            return None
+        products = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        weights = matrices((*products, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        if weights is None:
+            return None
+        norms = first.weight, second.weight
+        return decode_block(x, norms, first.eps, weights, rotation, keys, cache.values[layer], cache.lengths)

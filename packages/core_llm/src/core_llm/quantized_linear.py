@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core_llm.kernels.cpu import ops
+from core_llm.kernels.cpu.block import INT4, INT8, Matrix
 from core_llm.kernels.steps import KERNEL_ROWS, multiplies_bf16
 
 INT4_GROUP = 64  # inputs that share a scale
@@ -80,6 +81,10 @@ class QuantizedLinear(nn.Module):
             empty = type(self)(self.in_features, self.out_features)
         return sum(tensor.nbytes for tensor in empty.state_dict().values())
 
+    def cpu_matrix(self) -> Matrix | None:
+        """The weight for the C kernels, or None where they do not read this kind."""
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
         y = self._product(x.reshape(-1, self.in_features))
@@ -139,6 +144,10 @@ class Int8Linear(QuantizedLinear):
     def dequantized(self, rows: slice = slice(None)) -> Tensor:
         """fp32 weights [n, K] of some output rows."""
         return self.weight[rows].float() * self.scale[rows, None]
+
+    def cpu_matrix(self) -> Matrix | None:
+        """The weight for the C kernels."""
+        return Matrix(INT8, self.out_features, self.in_features, self.weight, self.scale)
 
     def _product(self, x: Tensor) -> Tensor:
         if _suits_kernel(x):
@@ -219,6 +228,12 @@ class Int4Linear(QuantizedLinear):
         """[K/64, N, 2] as torch's products want it: scale, and the weight that q = 8 stands for."""
         scale, minimum = self.scale.float().unbind(2)
         return torch.stack((scale, minimum + 8 * scale), dim=2).transpose(0, 1).to(dtype).contiguous()
+
+    def cpu_matrix(self) -> Matrix | None:
+        """The weight for the C kernels, unless torch's order has replaced theirs."""
+        if self.packed is not None:
+            return None
+        return Matrix(INT4, self.out_features, self.in_features, self.weight, self.scale)
 
     def _product(self, x: Tensor) -> Tensor:
         if self.packed is None or self.packed_scales is None:

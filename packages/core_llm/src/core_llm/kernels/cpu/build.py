@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("linear.c", "attention.c", "elementwise.c")
+SOURCES = ("linear.c", "attention.c", "elementwise.c", "block.c")
 HEADERS = ("common.h",)
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 OFF = "CORE_LLM_CPU_KERNELS"  # set to 0 to do without

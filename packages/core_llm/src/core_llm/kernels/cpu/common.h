@@ -13,6 +13,8 @@ typedef float vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));
 typedef uint32_t vu __attribute__((vector_size(32)));
 typedef uint32_t vu_unaligned __attribute__((vector_size(32), aligned(2)));
+typedef uint16_t halves __attribute__((vector_size(16), aligned(2)));
+typedef int16_t shorts __attribute__((vector_size(16)));
 typedef float vf_unaligned __attribute__((vector_size(32), aligned(4)));
 
 static inline float from_bf16(uint16_t h) {
@@ -55,6 +57,13 @@ static inline void load16(const void *x, int bf16, int64_t at, vf *a, vf *b) {
         *a = *(const vf_unaligned *)((const float *)x + at);
         *b = *(const vf_unaligned *)((const float *)x + at + 8);
     }
+}
+
+/* 8 elements in their order */
+static inline vf load8(const void *x, int bf16, int64_t at) {
+    if (!bf16) return *(const vf_unaligned *)((const float *)x + at);
+    halves h = *(const halves *)((const uint16_t *)x + at);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
 }
 
 /* e^x for x <= 0 to 2e-7 relative: 2^n by the exponent's bits, 2^f by its Taylor series to the sixth term. */

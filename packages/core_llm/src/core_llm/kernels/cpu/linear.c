@@ -19,10 +19,12 @@ static float *even_odd(const void *x, int bf16, int64_t n) {
     float *out = aligned_floats(n);
     if (!out) return NULL;
     for (int64_t i = 0; i < n; i += 16)
-        for (int j = 0; j < 8; j++) {
-            out[i + j] = load(x, bf16, i + 2 * j);
-            out[i + 8 + j] = load(x, bf16, i + 2 * j + 1);
-        }
+        if (bf16) load16(x, 1, i, (vf *)(out + i), (vf *)(out + i + 8));
+        else
+            for (int j = 0; j < 8; j++) {
+                out[i + j] = ((const float *)x)[i + 2 * j];
+                out[i + 8 + j] = ((const float *)x)[i + 2 * j + 1];
+            }
     return out;
 }
 
@@ -107,20 +109,24 @@ static rounded round_x(const void *x, int bf16, int64_t n) {
     out.scale = memory + n / 2;
     out.sum = out.scale + n / GROUP;
     for (int64_t g = 0; g < n / GROUP; g++) {
-        float value[GROUP], top = 0;
-        for (int i = 0; i < GROUP; i++) {
-            value[i] = load(x, bf16, g * GROUP + i);
-            top = fmaxf(top, fabsf(value[i]));
+        vf value[GROUP / 8], high = {0};
+        for (int i = 0; i < GROUP / 8; i++) {
+            value[i] = load8(x, bf16, g * GROUP + 8 * i);
+            vf size = (vf)((vu)value[i] & 0x7fffffffu);
+            high = (vf)(((vi)size & (size > high)) | ((vi)high & ~(size > high)));
         }
+        float top = 0;
+        for (int i = 0; i < 8; i++) top = fmaxf(top, high[i]);
         float inverse = top > 0 ? 32767.0f / top : 0;
-        int32_t sum = 0;
-        for (int i = 0; i < GROUP; i++) {
-            int16_t q = (int16_t)lrintf(value[i] * inverse);
-            out.q[g * GROUP + i] = q;
+        vi sum = {0};
+        for (int i = 0; i < GROUP / 8; i++) {
+            /* adding 1.5 * 2^23 leaves the nearest whole number in the low bits */
+            vi q = (vi)(value[i] * inverse + 12582912.0f) - 0x4b400000;
+            *(shorts *)(out.q + g * GROUP + 8 * i) = __builtin_convertvector(q, shorts);
             sum += q;
         }
         out.scale[g] = top / 32767.0f;
-        out.sum[g] = (float)sum * out.scale[g];
+        out.sum[g] = sum8(__builtin_convertvector(sum, vf)) * out.scale[g];
     }
     return out;
 }
@@ -171,26 +177,44 @@ int linear_int8(const void *x, int x_bf16, const int8_t *w, const float *scale, 
 #pragma omp parallel
     {
         part p = my_part(N);
-        for (int64_t i = 0; i < p.step; i++)
+        for (int64_t i = 0; i < p.step; i++) {
+            const int8_t *row[STREAMS];
+            for (int r = 0; r < STREAMS; r++) row[r] = w + row_of(p, i, r) * K;
             for (int64_t t = 0; t < T; t++) {
                 vf acc[STREAMS] = {0};
                 for (int64_t g = 0; g < groups; g++)
                     for (int r = 0; r < STREAMS; r++) {
-                        const int8_t *at = w + row_of(p, i, r) * K + g * GROUP;
-                        __builtin_prefetch(at + AHEAD);
-                        acc[r] += to_float(dot_int8(at, a.q + t * K + g * GROUP)) * a.scale[t * groups + g];
+                        __builtin_prefetch(row[r] + g * GROUP + AHEAD);
+                        vi dot = dot_int8(row[r] + g * GROUP, a.q + t * K + g * GROUP);
+                        acc[r] += to_float(dot) * a.scale[t * groups + g];
                     }
                 for (int r = 0; r < STREAMS; r++) {
                     int64_t n = row_of(p, i, r);
                     store(y, x_bf16, t * N + n, sum8(acc[r]) * scale[n]);
                 }
             }
+        }
     }
     free(a.q);
     return 0;
 }
 
-/* Weight = scale * nibble + minimum; per group of a row one bf16 scale and one bf16 minimum, side by side. */
+/* For up to 8 groups of a row: scales of weights and activations multiplied; returns minima times sums of x. */
+static inline vf eight_scales(const uint32_t *pairs, const float *x_scale, const float *x_sum, int n, float *out) {
+    vu pair = {0};
+    vf scale = {0}, sum = {0};
+    if (n == 8) {
+        pair = *(const vu_unaligned *)pairs;
+        scale = *(const vf_unaligned *)x_scale;
+        sum = *(const vf_unaligned *)x_sum;
+    } else
+        for (int j = 0; j < n; j++) pair[j] = pairs[j], scale[j] = x_scale[j], sum[j] = x_sum[j];
+    *(vf_unaligned *)out = (vf)(pair << 16) * scale;
+    return (vf)(pair & 0xffff0000u) * sum;
+}
+
+/* Weight = scale * nibble + minimum; per group of a row one bf16 scale and one bf16 minimum, side by side: as one
+ * 32-bit word, the minimum is its upper half. Returns 1 when memory is short. */
 int linear_int4(const void *x, int x_bf16, const uint8_t *w, const uint16_t *scale_min, void *y,
                 int64_t T, int64_t N, int64_t K) {
     rounded a = round_x(x, x_bf16, T * K);
@@ -199,23 +223,32 @@ int linear_int4(const void *x, int x_bf16, const uint8_t *w, const uint16_t *sca
 #pragma omp parallel
     {
         part p = my_part(N);
-        for (int64_t i = 0; i < p.step; i++)
+        for (int64_t i = 0; i < p.step; i++) {
+            const uint8_t *row[STREAMS];
+            const uint32_t *pairs[STREAMS];
+            for (int r = 0; r < STREAMS; r++) {
+                row[r] = w + row_of(p, i, r) * (K / 2);
+                pairs[r] = (const uint32_t *)scale_min + row_of(p, i, r) * groups;
+            }
             for (int64_t t = 0; t < T; t++) {
-                vf acc[STREAMS] = {0};
-                float low[STREAMS] = {0};
-                for (int64_t g = 0; g < groups; g++) {
-                    float x_scale = a.scale[t * groups + g], x_sum = a.sum[t * groups + g];
-                    for (int r = 0; r < STREAMS; r++) {
-                        int64_t at = row_of(p, i, r) * groups + g;
-                        __builtin_prefetch(w + at * (GROUP / 2) + AHEAD);
-                        vi dot = dot_int4(w + at * (GROUP / 2), a.q + t * K + g * GROUP);
-                        acc[r] += to_float(dot) * (x_scale * from_bf16(scale_min[2 * at]));
-                        low[r] += x_sum * from_bf16(scale_min[2 * at + 1]);
-                    }
+                vf acc[STREAMS] = {0}, low[STREAMS] = {0};
+                for (int64_t g = 0; g < groups; g += 8) { /* scales of 8 groups at a time */
+                    int n = groups - g < 8 ? (int)(groups - g) : 8;
+                    float scales[STREAMS][8];
+                    for (int r = 0; r < STREAMS; r++)
+                        low[r] += eight_scales(pairs[r] + g, a.scale + t * groups + g, a.sum + t * groups + g, n,
+                                               scales[r]);
+                    for (int j = 0; j < n; j++)
+                        for (int r = 0; r < STREAMS; r++) {
+                            const uint8_t *at = row[r] + (g + j) * (GROUP / 2);
+                            __builtin_prefetch(at + AHEAD);
+                            acc[r] += to_float(dot_int4(at, a.q + t * K + (g + j) * GROUP)) * scales[r][j];
+                        }
                 }
                 for (int r = 0; r < STREAMS; r++)
-                    store(y, x_bf16, t * N + row_of(p, i, r), sum8(acc[r]) + low[r]);
+                    store(y, x_bf16, t * N + row_of(p, i, r), sum8(acc[r]) + sum8(low[r]));
             }
+        }
     }
     free(a.q);
     return 0;
