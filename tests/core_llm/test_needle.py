@@ -10,7 +10,7 @@ import torch
 from core_llm.chat import render
 from core_llm.checkpoint import NANO
 from core_llm.config import LlamaConfig
-from core_llm.data.needle import DISTRACTORS, haystack, haystacks, lookup_conversation
+from core_llm.data.needle import DISTRACTORS, haystack, haystacks, lookup_conversation, recital
 from core_llm.data.scenes import WORDS
 from core_llm.errors import UserError
 from core_llm.model import Llama
@@ -71,6 +71,17 @@ def test_every_answer_of_a_lookup_stands_in_the_text_and_a_value_says_nothing_ab
     assert values == set(WORDS)
 
 
+def test_recital_says_every_word_again_and_most_go_on_as_they_did() -> None:
+    followed = total = 0
+    for i in range(50):
+        listed, said = (m.text.split()[2:] for m in recital(random.Random(i)))
+        assert len(listed) == 20 and sorted(listed) == sorted(said)
+        pairs = set(zip(listed, listed[1:]))
+        followed += sum(pair in pairs for pair in zip(said, said[1:]))
+        total += len(said) - 1
+    assert 0.8 < followed / total < 1
+
+
 def test_texts_grow_in_stages_and_only_answers_are_targets() -> None:
     config = NeedleConfig(tokens=800, stages=((0.5, 120), (0.5, 400)))
     model = Llama(LlamaConfig(32, 1, 2, 1, 64, vocab_size=4096, max_positions=512))
@@ -87,7 +98,7 @@ def test_texts_grow_in_stages_and_only_answers_are_targets() -> None:
 
 
 def test_training_lowers_the_loss_and_right_answers_are_counted_whole(tmp_path: Path) -> None:
-    config = NeedleConfig(tokens=300, stages=((1.0, 100),), held_out=2)
+    config = NeedleConfig(tokens=300, recital_steps=2, stages=((1.0, 100),), held_out=2)
     model = Llama(LlamaConfig(32, 1, 2, 1, 64, vocab_size=4096, max_positions=256)).initialise(0)
     task = NeedleTask(model, TOKENIZER, config, steps=12)
     with torch.no_grad():

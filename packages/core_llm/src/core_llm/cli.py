@@ -86,14 +86,21 @@ def generate(
 
 
 def needle(
-    out: Path, model: str = "nano", steps: int = 600, lr: float = 1.5e-3, seed: int = 0, resume: bool = True
+    out: Path,
+    model: str = "nano",
+    steps: int = 300,
+    recital_steps: int = 300,
+    lr: float = 1.5e-3,
+    seed: int = 0,
+    resume: bool = True,
 ) -> None:
     """Teach a core to look facts up in texts as long as its context; `evals run needle` measures it.
 
     Args:
         out: Folder; the core goes to its sub-folder core/, metrics and resumable state beside it.
         model: nano, or a folder with a checkpoint to start from.
-        steps: Optimizer steps.
+        steps: Optimizer steps on lookups.
+        recital_steps: Optimizer steps before that on going on as a word went on before.
         lr: Peak learning rate.
         seed: Seed of the texts.
         resume: Continue from the state in --out if there is one.
@@ -106,7 +113,7 @@ def needle(
     settings = FitConfig(
         out / "state", steps=steps, lr=lr, seed=seed, warmup=30, resume=resume, save_every=100
     )
-    figures = train_needle(core, tokenizer, settings, NeedleConfig(seed=seed))
+    figures = train_needle(core, tokenizer, settings, NeedleConfig(recital_steps=recital_steps, seed=seed))
     save_core(out / "core", core, tokenizer)
     print(f"core saved in {out / 'core'}; {figures['held_out_right']:.0%} of held-out answers right")
 

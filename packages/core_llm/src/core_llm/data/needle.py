@@ -117,12 +117,22 @@ def lookup_conversation(
     return [first, *turns[1:]]
 
 
-def recital(rng: random.Random, facts: int = 12) -> list[Message]:
-    """Facts, and all of them again in another order: the same skill without a haystack, asked densely."""
-    pairs = _pairs(rng, facts)
-    said = " ".join(f"{_answer(*pair)}." for pair in rng.sample(pairs, facts))
-    listed = " ".join(_fact(*pair) for pair in pairs)
-    return [Message("user", f"{listed} which pairs are there?"), Message("assistant", said)]
+def recital(rng: random.Random, words: int = 20) -> list[Message]:
+    """A list of words, and the same list with its pieces in another order.
+
+    Nearly every word said is told by where the one before it stood: the skill that a lookup needs, asked ten
+    times as densely. A core that cannot do this learns it here and not from the lookups themselves.
+    """
+    listed = rng.sample(WORDS, words)
+    pieces: list[list[str]] = []
+    while listed[sum(map(len, pieces)) :]:
+        start = sum(map(len, pieces))
+        pieces.append(listed[start : start + rng.randint(3, 10)])
+    said = [word for piece in rng.sample(pieces, len(pieces)) for word in piece]
+    return [
+        Message("user", f"the words {' '.join(listed)}"),
+        Message("assistant", f"the words {' '.join(said)}"),
+    ]
 
 
 def haystacks(
