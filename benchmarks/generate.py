@@ -9,7 +9,6 @@ are medians over rounds of paired figures.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import random
 import statistics
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from hardware import provenance  # noqa: E402
+from reporting import provenance, save, show  # noqa: E402
 from weights import bytes_per_token, weight_bytes, write_all  # noqa: E402
 
 if TYPE_CHECKING:
@@ -162,24 +161,6 @@ def targets(workers: list[Worker], table: list[dict[str, Any]]) -> list[dict[str
         }
         for name, value, bound, at_least in goals
     ]
-
-
-def show(table: list[dict[str, Any]]) -> None:
-    """Print rows of equal keys in columns."""
-    cells = [list(table[0]), *([str(v) for v in row.values()] for row in table)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def save(path: Path, table: list[dict[str, Any]], source: dict[str, str]) -> None:
-    """Write rows as CSV, each with where it came from."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, [*table[0], *source])
-        writer.writeheader()
-        writer.writerows({**row, **source} for row in table)
-    print(f"wrote {path}")
 
 
 def engines(peers: bool) -> list[str]:
