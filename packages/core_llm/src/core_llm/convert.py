@@ -88,7 +88,8 @@ def _reader(
     ) as bar:
 
         def read(name: str) -> Tensor:
-            tensor = weights.read(name, dtype)
+            # Cut into files, every tensor comes by again: mapped, all pages of the source would stay.
+            tensor = weights.read(name, dtype, mapped=n_reads == 1)
             bar.update(sizes[name] / n_reads)
             return tensor
 

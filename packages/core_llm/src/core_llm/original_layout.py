@@ -42,7 +42,7 @@ _RELEASED = (
 _OURS = ("rope_scaling_factor", "max_positions")
 _IGNORED = ("max_batch_size", "max_seq_len")  # sizes of the released code's cache
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_PASSING_BYTES = 64 << 20  # pages that a conversion may keep of what it has already read
+_PASSING_SHARE = 50  # a conversion keeps at most this part of the files in memory after reading it
 
 
 def ffn_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
@@ -169,8 +169,9 @@ class OriginalWeights(StoredWeights):
         values = read_json(path)
         self._files = _consolidated(folder)
         self._kept = [_load(file) for file in self._files]
-        self._passing: list[dict[str, Tensor]] | None = None
+        self._passing: dict[int, dict[str, Tensor]] = {}
         self._passed = 0
+        self._may_pass = sum(file.stat().st_size for file in self._files) // _PASSING_SHARE
         super().__init__(folder, config_from_params(values, path, self._is_tied(), rope_factor))
         self.params = {**values, **_extras(self.config, values)}
 
@@ -200,22 +201,22 @@ class OriginalWeights(StoredWeights):
             whole = self._kept[0][key]
             if (axis is None or len(self._kept) == 1) and whole.is_contiguous():
                 return whole
-        parts = self._borrow(key) if axis is not None else self._borrow(key)[:1]
-        if is_rotary(name):  # each shard holds whole heads
-            parts = [to_half_split(part, self.config.head_dim) for part in parts]
-        out = torch.empty(self._merged_shape(parts, axis), dtype=dtype)
-        pieces = out.split([part.shape[axis] for part in parts], axis) if axis is not None else [out]
-        for piece, part in zip(pieces, parts):
-            piece.copy_(part)
+        known = [shard[key] for shard in self._kept]
+        out = torch.empty(self._merged_shape(known, axis), dtype=dtype)
+        # A norm is whole in every shard: the first one's will do.
+        pieces = [out] if axis is None else out.split([part.shape[axis] for part in known], axis)
+        for rank, piece in enumerate(pieces):
+            part = self._borrow(rank, key)  # of whole heads where it is q or k
+            piece.copy_(to_half_split(part, self.config.head_dim) if is_rotary(name) else part)
         return out
 
-    def _borrow(self, key: str) -> list[Tensor]:
-        """The parts of a tensor, from a mapping that is let go now and then: its pages would count."""
-        if self._passing is None or self._passed > _PASSING_BYTES:
-            self._passing, self._passed = [_load(path) for path in self._files], 0
-        parts = [shard[key] for shard in self._passing]
-        self._passed += sum(part.nbytes for part in parts)
-        return parts
+    def _borrow(self, rank: int, key: str) -> Tensor:
+        """A shard's tensor, from a mapping that is let go now and then: pages once read would stay."""
+        if rank not in self._passing or self._passed > self._may_pass:
+            self._passing, self._passed = {rank: _load(self._files[rank])}, 0
+        part = self._passing[rank][key]
+        self._passed += part.nbytes
+        return part
 
     def _is_tied(self) -> bool:
         """Whether the output matrix is left out or the same as the embedding, as in 3.2's 1B and 3B."""
