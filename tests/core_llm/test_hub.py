@@ -1,8 +1,5 @@
 """Hub ids: downloaded once, and one clear line when that is not possible."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,8 @@ from httpx2 import ConnectError, Request, Response
 from huggingface_hub import errors
 
 from core_llm.checkpoint import load_core, save_core
+from core_llm.cli import convert
+from core_llm.cli_tools import run
 from core_llm.convert import convert_checkpoint
 from core_llm.errors import CheckpointError
 from core_llm.hub import find_model
@@ -118,14 +117,17 @@ def test_existing_folder_goes_before_a_hub_id(
     assert find_model(NAME, Path()) == Path(NAME) and calls == []
 
 
-def test_command_without_a_network_ends_with_one_line(tmp_path: Path) -> None:
-    code = "import sys; sys.argv[0] = 'core-llm'; from core_llm.cli import main; main()"
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, "convert", NAME, str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        env=offline,
+def test_command_without_a_network_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The hub's own client, told to stay offline and with an empty cache.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as stopped:
+        run("core-llm", "t", {"convert": convert, "o": convert}, ["convert", NAME, str(tmp_path / "out")])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and not (tmp_path / "out").exists()
+    assert (
+        err.startswith(f"error: {NAME}: no such folder, and the hub cannot be reached")
+        and err.count("\n") == 1
     )
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-    assert done.stderr.startswith(f"error: {NAME}: ") and done.stderr.count("\n") == 1
