@@ -224,6 +224,15 @@ def test_compiled_step_never_recompiles(monkeypatch: pytest.MonkeyPatch) -> None
     assert tokens(first) == tokens(second[::-1]) == tokens(generate(CORE, PROMPTS, settings))
 
 
+@pytest.mark.slow
+def test_step_compiled_by_inductor_equals_the_eager_one() -> None:
+    settings = [Sampling(6 + 5 * i, 1.0, seed=i) for i in range(4)]
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = generate(CORE, PROMPTS, settings, engine="compile")
+    assert tokens(compiled) == tokens(generate(CORE, PROMPTS, settings))
+
+
 def test_growing_shapes_would_recompile() -> None:
     """The control of the test above: its detector does see a cache that grows."""
     torch._dynamo.reset()
