@@ -3,6 +3,8 @@
 Axes: M activation rows, K inputs, N outputs.
 """
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import Tensor
@@ -96,3 +98,17 @@ def test_only_feed_forward_layers_between_first_and_last_block_change() -> None:
     assert set(before) - set(left) == {f"{name}.weight" for name in changed}
     assert all(torch.equal(left[name], before[name]) for name in left)
     assert core.lm_head.weight is core.embed_tokens.weight
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_torchao_rounds_activations_as_we_do() -> None:
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    x[1, 3], x[2] = 50_000.0, 0.0
+    tensor = Float8Linear.from_weight(torch.ones(16, 32)).torchao_weight(torch.float32)
+    asked = tensor.act_quant_kwargs  # type: ignore[attr-defined]
+    theirs = type(tensor).from_hp(  # type: ignore[attr-defined]
+        x, asked.float8_dtype, asked.granularity, hp_value_lb=asked.hp_value_lb, hp_value_ub=asked.hp_value_ub
+    )
+    values, scale = quantize_rows(x, SCALE_BOUND)
+    assert torch.equal(theirs.scale[:, 0], scale)
+    assert torch.equal(theirs.qdata.float(), values.float())
