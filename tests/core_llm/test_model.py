@@ -5,26 +5,10 @@ import torch
 
 from core_llm.cache import KVCache
 from core_llm.checkpoint import config_to_hf
-from core_llm.config import PRESETS, LlamaConfig, RopeScaling
+from core_llm.config import LlamaConfig, RopeScaling
 from core_llm.errors import UserError
 from core_llm.model import Llama
 from core_llm.testing import tiny_core
-
-PUBLISHED = {
-    "llama-3-8b": 8_030_261_248,
-    "llama-3.1-8b": 8_030_261_248,
-    "llama-3.1-70b": 70_553_706_496,
-    "llama-3.1-405b": 405_853_388_800,
-    "llama-3.2-1b": 1_235_814_400,
-    "llama-3.2-3b": 3_212_749_824,
-}
-
-
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
-def test_preset_has_the_published_number_of_parameters(name: str) -> None:
-    with torch.device("meta"):
-        model = Llama(PRESETS[name])
-    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
