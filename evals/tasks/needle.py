@@ -8,7 +8,8 @@ from evals.tasks import data, scoring
 from evals.tasks.base import Control, Options, Output, Sample, Task
 from evals.tasks.controls import with_messages
 
-# Tokens of the nano vocabulary, the longest as long as nano's context leaves room for an answer.
+# Tokens of the nano vocabulary: 128 is within the windows that nano was trained on (144), 1,000 fills its
+# context.
 LENGTHS = (128, 256, 512, 1000)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PER_CELL = 12

@@ -10,8 +10,8 @@ import torch
 from core_llm.chat import render
 from core_llm.checkpoint import NANO
 from core_llm.config import LlamaConfig
-from core_llm.data.needle import DISTRACTORS, haystack, haystacks, lookup_conversation, recital
-from core_llm.data.scenes import WORDS
+from core_llm.data.needle import haystack, haystacks, lookup_conversation
+from core_llm.data.scenes import SHAPES
 from core_llm.errors import UserError
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
@@ -32,21 +32,18 @@ def test_haystack_fills_its_tokens_and_holds_the_needle_once_at_its_depth(tokens
     found = haystack(random.Random(tokens), tokens, depth, count)
     length = len(render(found.messages(), TOKENIZER).ids)
     assert tokens - 20 <= length <= tokens
-    needle = f"remember the pair {found.key} {found.value}."
-    assert found.text.count(needle) == 1 and found.text.count("remember") == DISTRACTORS + 1
+    needle = f"a sign with the word {found.answer}."
+    assert found.text.count(needle) == found.text.count("sign") == 1
     before = found.text.index(needle) / (len(found.text) - len(needle))
-    assert abs(before - depth) < 0.1
-    assert found.messages()[0].text.endswith(found.question) and found.key in found.question
+    assert abs(before - depth) < 0.15  # a text of 96 tokens has few places
+    assert found.messages()[0].text.endswith(". what does the sign say?")
 
 
 def test_control_lacks_the_needle_and_nothing_else() -> None:
     for i in range(50):
         found = haystack(random.Random(i), 200, 0.5, count)
-        needle = f"remember the pair {found.key} {found.value}. "
-        assert found.text.replace(needle, "") == found.bare
-        # Nothing else in the text says what goes with the key.
-        assert found.key not in found.bare
-        assert found.bare.count("remember") == DISTRACTORS
+        assert found.text.replace(f"a sign with the word {found.answer}. ", "") == found.bare
+        assert "sign" not in found.bare and found.messages(needle=False)[0].text.startswith(found.bare)
 
 
 def test_haystacks_are_the_same_every_time_and_different_for_another_seed() -> None:
@@ -56,30 +53,25 @@ def test_haystacks_are_the_same_every_time_and_different_for_another_seed() -> N
 
 
 def test_haystack_too_short_for_its_facts_is_refused() -> None:
-    with pytest.raises(UserError, match="40 tokens has no room for 4 facts"):
-        haystack(random.Random(0), 40, 0.5, count)
+    with pytest.raises(UserError, match="30 tokens has no room"):
+        haystack(random.Random(0), 30, 0.5, count)
 
 
-def test_every_answer_of_a_lookup_stands_in_the_text_and_a_value_says_nothing_about_its_key() -> None:
-    values = set()
-    for i in range(60):
-        messages = lookup_conversation(random.Random(i), 250, count, facts=6)
-        answers = [m.text for m in messages if m.role == "assistant"]
-        assert len(answers) == len(set(answers)) == 6
-        assert all(f"remember {answer}." in messages[0].text for answer in answers)
-        values |= {answer.split()[-1] for answer in answers}
-    assert values == set(WORDS)
-
-
-def test_recital_says_every_word_again_and_most_go_on_as_they_did() -> None:
-    followed = total = 0
-    for i in range(50):
-        listed, said = (m.text.split()[2:] for m in recital(random.Random(i)))
-        assert len(listed) == 20 and sorted(listed) == sorted(said)
-        pairs = set(zip(listed, listed[1:]))
-        followed += sum(pair in pairs for pair in zip(said, said[1:]))
-        total += len(said) - 1
-    assert 0.8 < followed / total < 1
+def test_every_answer_of_a_lookup_is_told_by_the_text_alone() -> None:
+    words = set()
+    for i in range(150):
+        turns = lookup_conversation(random.Random(i), 250, count)
+        text = turns[0].text
+        answers = {q.text.split(". ")[-1]: a.text for q, a in zip(turns[::2], turns[1::2], strict=True)}
+        word = answers.pop("what does the sign say?")
+        words.add(word)
+        assert f"a sign with the word {word}." in text
+        color = answers.pop("what color is the shape?")
+        shape = answers.pop(f"what is the {color} shape?")
+        place = answers.pop(f"where is the {color} {shape}?")
+        assert f" {color} {shape} at the {place}." in text and not answers
+        assert sum(text.count(name) for name in SHAPES) <= 2  # once told, once asked at most
+    assert len(words) > 30
 
 
 def test_texts_grow_in_stages_and_only_answers_are_targets() -> None:
@@ -91,14 +83,14 @@ def test_texts_grow_in_stages_and_only_answers_are_targets() -> None:
     assert batch.tokens.shape[0] == 2 and 200 < batch.tokens.shape[1] <= 440
     row = batch.tokens[0][batch.said[0]].tolist()
     answers = TOKENIZER.decode(row, keep_special=True).split("<|eot_id|>")
-    assert len(answers) == 9 and all(a.startswith("the pair ") for a in answers[:-1]) and answers[-1] == ""
+    assert len(answers) == 5 and all(answers[:-1]) and answers[-1] == ""
     assert torch.equal(task.batch(7).tokens, batch.tokens) and not torch.equal(
         task.batch(8).tokens[:, :50], batch.tokens[:, :50]
     )
 
 
 def test_training_lowers_the_loss_and_right_answers_are_counted_whole(tmp_path: Path) -> None:
-    config = NeedleConfig(tokens=300, recital_steps=2, stages=((1.0, 100),), held_out=2)
+    config = NeedleConfig(tokens=300, stages=((1.0, 100),), held_out=2)
     model = Llama(LlamaConfig(32, 1, 2, 1, 64, vocab_size=4096, max_positions=256)).initialise(0)
     task = NeedleTask(model, TOKENIZER, config, steps=12)
     with torch.no_grad():
@@ -106,7 +98,7 @@ def test_training_lowers_the_loss_and_right_answers_are_counted_whole(tmp_path: 
     settings = FitConfig(tmp_path, steps=12, lr=1e-2, warmup=2, autocast=False)
     after = train_needle(model, TOKENIZER, settings, config)
     assert after["held_out_loss"] < 0.8 * before["held_out_loss"]
-    assert before["held_out_right"] == after["held_out_right"] == 0.0  # far too little training to look up
+    assert before["held_out_right"] == 0.0 <= after["held_out_right"] < 0.5  # a lucky guess at most
     assert not any(p.requires_grad for p in model.parameters())
 
     class Oracle(NeedleTask):

@@ -88,9 +88,8 @@ def generate(
 def needle(
     out: Path,
     model: str = "nano",
-    steps: int = 300,
-    recital_steps: int = 300,
-    lr: float = 1.5e-3,
+    steps: int = 160,
+    lr: float = 1e-3,
     seed: int = 0,
     resume: bool = True,
 ) -> None:
@@ -99,8 +98,7 @@ def needle(
     Args:
         out: Folder; the core goes to its sub-folder core/, metrics and resumable state beside it.
         model: nano, or a folder with a checkpoint to start from.
-        steps: Optimizer steps on lookups.
-        recital_steps: Optimizer steps before that on going on as a word went on before.
+        steps: Optimizer steps.
         lr: Peak learning rate.
         seed: Seed of the texts.
         resume: Continue from the state in --out if there is one.
@@ -111,9 +109,9 @@ def needle(
 
     core, tokenizer = load_core(model, mapped=False)  # training writes to the weights
     settings = FitConfig(
-        out / "state", steps=steps, lr=lr, seed=seed, warmup=30, resume=resume, save_every=100
+        out / "state", steps=steps, lr=lr, seed=seed, warmup=20, resume=resume, save_every=20
     )
-    figures = train_needle(core, tokenizer, settings, NeedleConfig(recital_steps=recital_steps, seed=seed))
+    figures = train_needle(core, tokenizer, settings, NeedleConfig(seed=seed))
     save_core(out / "core", core, tokenizer)
     print(f"core saved in {out / 'core'}; {figures['held_out_right']:.0%} of held-out answers right")
 

@@ -5,7 +5,7 @@ Axes: B conversations, T positions.
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core_llm.chat import Message, render
-from core_llm.data.needle import lookup_conversation, recital
+from core_llm.chat import render
+from core_llm.data.needle import lookup_conversation
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
 from core_llm.train.fit import FitConfig, fit
@@ -23,14 +23,13 @@ from core_llm.train.fit import FitConfig, fit
 
 @dataclass(frozen=True)
 class NeedleConfig:
-    """Sizes of the run: first recitals, then lookups whose text length grows step by step.
+    """Sizes of the run. The text length grows: a core that was trained on short texts follows step by step.
 
     tokens: per step, so that a short text comes in larger batches. stages: (share of the steps, text length).
     """
 
     tokens: int = 4096
-    recital_steps: int = 300
-    stages: tuple[tuple[float, int], ...] = ((0.35, 176), (0.25, 448), (0.4, 1024))
+    stages: tuple[tuple[float, int], ...] = ((0.25, 256), (0.25, 512), (0.5, 1024))
     held_out: int = 16
     seed: int = 0
 
@@ -73,15 +72,12 @@ class NeedleTask:
         rng = random.Random(f"needle-{self.config.seed}-{step}")
         return self._lookups(rng, length, max(1, self.config.tokens // length))
 
-    def conversation(self, rng: random.Random, length: int) -> list[Message]:
-        """Something to learn from, of about `length` tokens."""
-        return lookup_conversation(rng, length, self.count, facts=4 if length < 320 else 8)
-
     def _lookups(self, rng: random.Random, length: int, rows: int) -> Lookups:
         # A third of the texts are shorter than the stage allows: what was learned before is not to be lost.
         lengths = [length if rng.random() < 0.67 else rng.randint(length // 2, length) for _ in range(rows)]
         rendered = [
-            render(self.conversation(rng, n), self.tokenizer, generation_prompt=False) for n in lengths
+            render(lookup_conversation(rng, n, self.count), self.tokenizer, generation_prompt=False)
+            for n in lengths
         ]
         width = min(max(len(r.ids) for r in rendered), self.model.config.max_positions)
         tokens = torch.full((rows, width), self.tokenizer.pad_id)
@@ -119,28 +115,11 @@ class NeedleTask:
         return {"held_out_loss": sum(losses) / len(losses), "held_out_right": sum(right) / len(right)}
 
 
-class RecitalTask(NeedleTask):
-    """The first stage: to go on as a word went on before."""
-
-    name = "needle-recital"
-
-    def length(self, step: int) -> int:
-        """About that of a recital."""
-        return 72
-
-    def conversation(self, rng: random.Random, length: int) -> list[Message]:
-        """A recital; all are of one length."""
-        return recital(rng)
-
-
 def train_needle(
     model: Llama, tokenizer: Tokenizer, fit_config: FitConfig, run: NeedleConfig
 ) -> dict[str, float]:
-    """Train a core in place on recitals and lookups; a second call with the same folder resumes."""
+    """Train a core in place on lookups; a second call with the same folder resumes."""
     model.requires_grad_(True)
-    if run.recital_steps:
-        first = replace(fit_config, steps=run.recital_steps, final_lr_fraction=0.6)
-        fit(RecitalTask(model, tokenizer, run, run.recital_steps), first)
     figures = fit(NeedleTask(model, tokenizer, run, fit_config.steps), fit_config)
     model.eval().requires_grad_(False)
     return figures
