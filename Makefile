@@ -9,7 +9,7 @@ PORT ?=
 DATA_FLAG := $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
 PORT_FLAG := $(if $(PORT),--port $(PORT))
 
-.PHONY: help setup quickstart test test-slow test-browser lint demo serve reproduce-nano clean
+.PHONY: help setup quickstart test test-slow test-browser lint demo serve bench reproduce-nano clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ demo: $(STAMP) ## Open the demo in the browser
 
 serve: $(STAMP) ## Serve the moderation API
 	@$(BIN)/guard serve $(PORT_FLAG)
+
+bench: $(STAMP) ## Measure generation on this CPU against other engines (benchmarks/results; 10 GB of disk)
+	@$(BIN)/python benchmarks/generate.py
 
 reproduce-nano: $(STAMP) ## Train the nano family from scratch (DATA_ROOT=... reads local datasets)
 	@$(BIN)/evals reproduce-nano $(DATA_FLAG) --out $(OUT)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from reporting import provenance, save, show  # noqa: E402
+from reporting import provenance, save, save_markdown, show  # noqa: E402
 from weights import bytes_per_token, weight_bytes, write_all  # noqa: E402
 
 if TYPE_CHECKING:
@@ -218,6 +218,9 @@ def main() -> None:
     source["read_gb_per_s"] = f"{GIB / statistics.median(read.decode) / 1e9:.1f}"
     save(args.output / "generate_cpu.csv", table, source)
     save(args.output / "generate_cpu_targets.csv", goals, source)
+    source["command"] = "python benchmarks/generate.py " + " ".join(sys.argv[1:])
+    title = f"Generation on a CPU: {args.preset}, random weights, batch 1, prompt {args.prompt}"
+    save_markdown(args.output / "generate_cpu.md", title, [goals, table], source)
 
 
 if __name__ == "__main__":

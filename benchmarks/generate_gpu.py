@@ -19,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from reporting import provenance, save, show  # noqa: E402
+from reporting import provenance, save, save_markdown, show  # noqa: E402
 
 from core_llm.cache import KVCache  # noqa: E402
 from core_llm.config import LlamaConfig, preset  # noqa: E402
@@ -194,7 +194,9 @@ def main() -> None:
     table = decoding(shapes[0], device, limit, args) + training(shapes[1], device, peak, args)
     show(table)
     if not args.smoke:
-        save(args.output / "generate_gpu.csv", table, provenance(("torch", "triton", "torchao")))
+        source = provenance(("torch", "triton", "torchao"))
+        save(args.output / "generate_gpu.csv", table, source)
+        save_markdown(args.output / "generate_gpu.md", "Generation and training on a GPU", [table], source)
 
 
 if __name__ == "__main__":

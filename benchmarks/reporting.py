@@ -73,3 +73,13 @@ def save(path: Path, table: list[dict[str, Any]], source: dict[str, str]) -> Non
         writer.writeheader()
         writer.writerows({**row, **source} for row in table)
     print(f"wrote {path}")
+
+
+def save_markdown(path: Path, title: str, tables: list[list[dict[str, Any]]], source: dict[str, str]) -> None:
+    """The same rows for a reader."""
+    lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in source.items())]
+    for table in tables:
+        lines += ["", "| " + " | ".join(table[0]) + " |", "|" + "---|" * len(table[0])]
+        lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in table]
+    path.write_text("\n".join(lines) + "\n")
+    print(f"wrote {path}")
