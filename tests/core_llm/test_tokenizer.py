@@ -89,7 +89,7 @@ def well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(TEXTS)
 @example("\ud800")
 @example("a\udcff\n\n\n b" + " " * 300 + "x")
@@ -104,7 +104,7 @@ def test_ids_equal_those_of_tiktoken_and_of_transformers(
     assert released.decode(ids) == reference.decode(ids)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TEXTS)
 def test_any_text_survives_a_trained_vocabulary_and_yields_no_special_token(text: str) -> None:
     ids = TINY.encode(text)
@@ -117,7 +117,7 @@ def streamed(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
     return [*(stream.push(i) for i in ids), stream.finish()]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TEXTS)
 def test_streamed_pieces_hold_whole_characters_and_add_up_to_the_text(released: Tokenizer, text: str) -> None:
     for tokenizer in (released, TINY):
@@ -158,7 +158,7 @@ def test_texts_that_stop_tiktoken_are_cut_as_the_released_code_cuts_them(
         return pieces
 
     assert (MAX_CHARACTERS, MAX_RUN) == (400_000, 25_000)
-    for text in ("x" * 70_001, "ab\u2003" * 10 + " " * 60_000 + "y", "word \n" * 66_000 + "z" * 30_000):
+    for text in ("x" * 50_001, "ab\u2003" * 10 + " " * 60_000 + "y", "word \n" * 66_000 + "z" * 26_000):
         ids = released.encode(text)
         assert ids == [i for piece in cut(text) for i in reference.encode_ordinary(piece)]
         assert ids == from_transformers.encode(text) and released.decode(ids) == text
@@ -228,7 +228,7 @@ def test_saved_tokenizer_is_equal_and_readable_by_the_tokenizers_library(tmp_pat
 def test_released_vocabulary_is_written_in_both_forms_and_reads_back_the_same(
     released: Tokenizer, from_transformers: Tokenizer, tmp_path: Path
 ) -> None:
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer as Backend
 
     released.save(tmp_path / "tokenizer.model")
     assert (tmp_path / "tokenizer.model").read_bytes() == released_file().read_bytes()
@@ -236,10 +236,10 @@ def test_released_vocabulary_is_written_in_both_forms_and_reads_back_the_same(
     again = Tokenizer.load(tmp_path / "tokenizer.json")
     from_transformers.save(tmp_path / "again.model")
     assert (tmp_path / "again.model").read_bytes() == released_file().read_bytes()
-    fast = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    library = Backend.from_file(str(tmp_path / "tokenizer.json"))  # as other programs read it
     text = "It's 2024:\n\n  naïve 日本 <|eot_id|>🙂"
     assert again.encode(text) == released.encode(text)
-    assert fast("a<|eot_id|>").input_ids == [128_000, 64, 128_009]
+    assert library.encode("a<|eot_id|>").ids == [128_000, 64, 128_009]
 
 
 def test_vocabulary_with_merges_of_its_own_has_no_tiktoken_form(tmp_path: Path) -> None:
