@@ -1,6 +1,7 @@
 """Haystacks that are what they say they are, and a task that can be learned from."""
 
 import random
+import re
 from functools import cache
 from pathlib import Path
 
@@ -32,18 +33,22 @@ def test_haystack_fills_its_tokens_and_holds_the_needle_once_at_its_depth(tokens
     found = haystack(random.Random(tokens), tokens, depth, count)
     length = len(render(found.messages(), TOKENIZER).ids)
     assert tokens - 20 <= length <= tokens
-    needle = f"a sign with the word {found.answer}."
-    assert found.text.count(needle) == found.text.count("sign") == 1
+    [needle] = [s for s in re.split(r"(?<=\.) ", found.text) if any(shape in s for shape in SHAPES)]
+    assert re.fullmatch(rf"an? (small|large) {found.answer} \w+ at the [\w ]+\.", needle)
     before = found.text.index(needle) / (len(found.text) - len(needle))
     assert abs(before - depth) < 0.15  # a text of 96 tokens has few places
-    assert found.messages()[0].text.endswith(". what does the sign say?")
+    assert found.messages()[0].text.endswith(". what color is the shape?")
 
 
 def test_control_lacks_the_needle_and_nothing_else() -> None:
     for i in range(50):
         found = haystack(random.Random(i), 200, 0.5, count)
-        assert found.text.replace(f"a sign with the word {found.answer}. ", "") == found.bare
-        assert "sign" not in found.bare and found.messages(needle=False)[0].text.startswith(found.bare)
+        whole, bare = (text.split(". ") for text in (found.text, found.bare))
+        missing = [sentence for sentence in whole if sentence not in bare]
+        assert len(missing) == 1 and f" {found.answer} " in missing[0]
+        assert not any(shape in found.bare for shape in SHAPES) and found.messages(needle=False)[
+            0
+        ].text.startswith(found.bare)
 
 
 def test_haystacks_are_the_same_every_time_and_different_for_another_seed() -> None:

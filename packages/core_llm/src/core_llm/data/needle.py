@@ -1,7 +1,8 @@
 """A needle in a haystack: one fact among many other sentences, asked for at the end.
 
-The fact is of a kind that the nano core knows from short texts (the word on a sign), so what is tested is how
-far it looks and not what it understands. Sentences and words are the project's own.
+The fact is of a kind that the nano core knows from short texts (a shape and its colour), so what is tested is
+how far it looks and not what it understands; other sentences name other things and their colours. All texts
+are the project's own.
 """
 
 import random
@@ -13,7 +14,8 @@ from core_llm.data.phrases import command_phrase
 from core_llm.data.scenes import SHAPES, WORDS, Item, describe, sample_scene
 from core_llm.errors import UserError
 
-QUESTION = "what does the sign say?"
+QUESTION = "what color is the shape?"
+_SIGN_QUESTION = "what does the sign say?"
 _CHAT_TOKENS = 16  # begin of text, two headers and an end of turn, rounded up
 
 
@@ -35,13 +37,12 @@ class Haystack:
         return (Message("user", f"{self.text if needle else self.bare} {QUESTION}"),)
 
 
-def sign(word: str) -> str:
-    """The needle."""
+def _sign(word: str) -> str:
     return f"a sign with the word {word}."
 
 
 def _filler(rng: random.Random, budget: int, count: Callable[[str], int]) -> list[str]:
-    """Sentences of `budget` tokens together at most. Words of signs occur in them, shapes do not."""
+    """Sentences of `budget` tokens together at most. They name colours, but no shapes."""
     sentences: list[str] = []
     while True:
         sentence = f"{command_phrase(rng)}."
@@ -56,33 +57,33 @@ def _filler(rng: random.Random, budget: int, count: Callable[[str], int]) -> lis
 def haystack(rng: random.Random, tokens: int, depth: float, count: Callable[[str], int]) -> Haystack:
     """A haystack that makes a prompt of at most `tokens` tokens, chat format and question included.
 
-    A described shape stands in it too, which is not asked for. count: number of tokens of a text.
-    Raises `UserError` where needle and question alone do not fit.
+    A sign stands in it too, which is not asked for. count: number of tokens of a text. Raises `UserError`
+    where needle and question alone do not fit.
     """
-    word = rng.choice(WORDS)
-    shape = describe(sample_scene(rng, "single"), rng)
-    budget = tokens - _CHAT_TOKENS - sum(count(f" {text}") for text in (sign(word), shape, QUESTION))
+    scene = sample_scene(rng, "single")
+    needle, sign = describe(scene, rng), _sign(rng.choice(WORDS))
+    budget = tokens - _CHAT_TOKENS - sum(count(f" {text}") for text in (needle, sign, QUESTION))
     if budget < 0:
         raise UserError(f"a haystack of {tokens} tokens has no room for a needle; take more tokens")
     sentences = _filler(rng, budget, count)
-    sentences.insert(rng.randint(0, len(sentences)), shape)
+    sentences.insert(rng.randint(0, len(sentences)), sign)
     at = round(depth * len(sentences))
-    with_needle = [*sentences[:at], sign(word), *sentences[at:]]
-    return Haystack(" ".join(with_needle), " ".join(sentences), word, depth)
+    with_needle = [*sentences[:at], needle, *sentences[at:]]
+    return Haystack(" ".join(with_needle), " ".join(sentences), scene.items[0].color, depth)
 
 
 def lookup_conversation(rng: random.Random, tokens: int, count: Callable[[str], int]) -> list[Message]:
     """A haystack of about `tokens` tokens with a sign and a shape and questions about them, to learn from."""
     word = rng.choice(WORDS)
     scene = sample_scene(rng, "single")
-    asked = [(QUESTION, word), *_about(scene.items[0])]
+    asked = [(_SIGN_QUESTION, word), *_about(scene.items[0])]
     rng.shuffle(asked)
     turns = [
         message
         for question, answer in asked
         for message in (Message("user", question), Message("assistant", answer))
     ]
-    facts = [sign(word), describe(scene, rng)]
+    facts = [_sign(word), describe(scene, rng)]
     needed = sum(count(f" {text}") for text in facts)
     needed += sum(count(turn.text) + _CHAT_TOKENS // 2 for turn in turns)
     sentences = _filler(rng, max(0, tokens - needed), count)
@@ -94,7 +95,7 @@ def lookup_conversation(rng: random.Random, tokens: int, count: Callable[[str], 
 def _about(item: Item) -> list[tuple[str, str]]:
     """Questions about the shape with their answers."""
     return [
-        ("what color is the shape?", item.color),
+        (QUESTION, item.color),
         (f"where is the {item.name}?", item.place),
         (f"what is the {item.color} shape?", item.shape),
     ]
