@@ -66,15 +66,20 @@ def every_config(self: Autotuner, *args: Any, **kwargs: Any) -> None:
         self.fn.run(*args, **kwargs, **config.all_kwargs())
 
 
-def tensors(dtype: torch.dtype, d: int, t: int, s: int) -> tuple[Tensor, Tensor, Tensor]:
-    q = torch.empty(2, t, 8, d, dtype=dtype).transpose(1, 2)
-    k, v = torch.empty(2, 2, 2, s, d, dtype=dtype).unbind(0)
+def tensors(dtype: torch.dtype, d: int, t: int, s: int, h: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    q = torch.empty(2, t, h, d, dtype=dtype).transpose(1, 2)
+    k, v = torch.empty(2, 2, max(1, h // 4), s, d, dtype=dtype).unbind(0)
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
-def prefill(dtype: torch.dtype, d: int, mask: Mask, t: int = 2048) -> None:
+def prefill(dtype: torch.dtype, d: int, mask: Mask, t: int = 2048, h: int = 8) -> None:
     # The gradient's kernels are launched by the backward pass; contents do not matter, nothing runs.
-    triton_prefill.prefill(*tensors(dtype, d, t, t), mask).sum().backward()
+    triton_prefill.prefill(*tensors(dtype, d, t, t, h), mask).sum().backward()
+
+
+def decode(dtype: torch.dtype, d: int, mask: Mask, t: int, s: int = 4096, h: int = 8) -> None:
+    with torch.no_grad():
+        triton_decode.decode(*tensors(dtype, d, t, s, h), mask)
 
 
 def main() -> None:
@@ -97,7 +102,6 @@ def main() -> None:
         "full": Mask.full(),
         "pairs": Mask.pairs(torch.ones(2, t, t, dtype=torch.bool)),
     }
-    some = [(torch.bfloat16, 128, "causal"), (torch.bfloat16, 64, "prefix"), (torch.float16, 128, "pairs")]
     every = [
         (dtype, d, kind)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -106,13 +110,19 @@ def main() -> None:
         # Elements other than bf16 differ in the products only, which every mask shares.
         if dtype == torch.bfloat16 or kind in ("causal", "prefix")
     ]
-    for dtype, d, kind in every if "--all" in sys.argv else some:
+    if "--all" not in sys.argv:
+        prefill(torch.bfloat16, 64, masks["packed"])
+        decode(torch.bfloat16, 64, masks["cached"], 1)
+        return
+    # Triton turns integer arguments that are 1 into constants.
+    for mask in (Mask.causal(), Mask.full(), Mask.packed(documents[:, :1], shared_prefix=True)):
+        prefill(torch.bfloat16, 64, mask, 1, 1)
+    decode(torch.bfloat16, 64, masks["full"], 1, 1, 1)
+    for dtype, d, kind in every:
         prefill(dtype, d, masks[kind])
-        for t in (1, 5):
-            with torch.no_grad():
-                q, k, v = tensors(dtype, d, t, 4096)
-                if kind in ("causal", "cached", "full"):
-                    triton_decode.decode(q, k, v, masks[kind])
+        if kind in ("causal", "cached", "full"):
+            for queries in (1, 5):
+                decode(dtype, d, masks[kind], queries)
 
 
 if __name__ == "__main__":

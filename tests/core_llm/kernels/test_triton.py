@@ -100,7 +100,7 @@ def test_query_that_sees_nothing_gives_zeros_and_no_gradient(interpreted: Call) 
 
 
 @given(data=st.data(), shared=st.booleans())
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_documents_in_any_order_are_masked_as_in_the_reference(
     interpreted: Call, data: st.DataObject, shared: bool
 ) -> None:
@@ -112,7 +112,7 @@ def test_documents_in_any_order_are_masked_as_in_the_reference(
 
 
 @given(data=st.data(), shared=st.booleans())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_document_spans_hold_every_visible_pair(interpreted: Call, data: st.DataObject, shared: bool) -> None:
     runs = data.draw(st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 40)), min_size=1, max_size=6))
     numbers = torch.tensor([[number for number, length in runs for _ in range(length)]])
@@ -170,6 +170,7 @@ def test_decode_reads_only_what_is_filled_of_a_strided_cache(interpreted: Call) 
     torch.testing.assert_close(out, attend(q, k, v, mask, backend="reference"), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_both_operators_are_traced_whole_by_torch_compile(interpreted: Call) -> None:
     q, k, v, _ = inputs(1, 2, 1, 9, 9, 64, FP32)
     mask = Mask.packed(torch.tensor([[1] * 4 + [2] * 5]))
