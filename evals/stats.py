@@ -22,6 +22,7 @@ Metric = Callable[[Columns, Floats], Floats]
 
 RESAMPLES = 5000
 CALIBRATION_BINS = 15
+_SHARES = ("accuracy", "exact_match", "fpr", "f1")  # 0 or 1 where all samples agree
 _CHUNK_CELLS = 4_000_000  # 32 MB of float64 weights at a time
 
 
@@ -158,7 +159,7 @@ def estimate(
     result = {}
     for name in names:
         low, high = _percentiles(draws[name])
-        if low == high and name in ("accuracy", "exact_match", "fpr", "f1"):
+        if low == high and name in _SHARES:
             low, high = _all_equal(values[name], count)
         result[name] = Estimate(values[name], low, high)
     return result
@@ -179,8 +180,12 @@ def difference(
     sides = [columns_of(rows), columns_of(other)]
     ones = np.ones((1, len(rows)))
     before, after = (float(METRICS[name](columns, ones)[0]) for columns in sides)
-    first, second = (_draws([name], columns, groups, seed, resamples)[0][name] for columns in sides)
-    return Estimate(after - before, *_percentiles(second - first))
+    (first, count), (second, _) = (_draws([name], columns, groups, seed, resamples) for columns in sides)
+    low, high = _percentiles(second[name] - first[name])
+    if low == high and name in _SHARES:  # no sample differs: at most so many of all samples may
+        margin = _all_equal(0.0, count)[1]
+        low, high = low - margin, high + margin
+    return Estimate(after - before, low, high)
 
 
 def _draws(

@@ -104,3 +104,10 @@ def test_paired_difference_sees_what_two_intervals_do_not() -> None:
     assert found.high == pytest.approx(before.high * (np.exp(0.01) - 1))
     same = stats.difference("perplexity", plain, plain, groups)
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+def test_equal_answers_leave_room_for_a_difference_that_few_rows_do_not_show() -> None:
+    rows = [{"correct": float(i % 3 == 0)} for i in range(40)]
+    found = stats.difference("exact_match", rows, rows, [str(i) for i in range(40)])
+    bound = 1 - 0.025 ** (1 / 40)  # a share above this shows in 40 rows with 97.5 % probability
+    assert found.value == 0.0 and (found.low, found.high) == pytest.approx((-bound, bound))
