@@ -14,15 +14,8 @@ from typing import Any
 import pytest
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may have, by compute capability
-KERNELS = {
-    "document_spans_kernel",
-    "forward_kernel",
-    "delta_kernel",
-    "key_gradient_kernel",
-    "query_gradient_kernel",
-    "split_kernel",
-    "merge_kernel",
-}
+INFERENCE = {"document_spans_kernel", "forward_kernel", "split_kernel", "merge_kernel"}
+GRADIENTS = {"delta_kernel", "key_gradient_kernel", "query_gradient_kernel"}
 
 
 def compile_for(capability: int, cache: Path, *options: str) -> list[dict[str, Any]]:
@@ -39,7 +32,6 @@ def compile_for(capability: int, cache: Path, *options: str) -> list[dict[str, A
 
 
 def check(found: list[dict[str, Any]], capability: int) -> None:
-    assert {variant["kernel"] for variant in found} == KERNELS
     fitting = [variant for variant in found if variant["shared"] <= SHARED_MEMORY[capability]]
     tuned = {"forward_kernel", "key_gradient_kernel", "query_gradient_kernel"}
     for variant in found:
@@ -61,7 +53,9 @@ def problem(variant: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def test_the_main_variants_compile_for_a_hopper_gpu(tmp_path: Path) -> None:
-    check(compile_for(90, tmp_path), 90)
+    found = compile_for(90, tmp_path)
+    check(found, 90)
+    assert {variant["kernel"] for variant in found} == INFERENCE
 
 
 @pytest.mark.slow
@@ -69,4 +63,4 @@ def test_the_main_variants_compile_for_a_hopper_gpu(tmp_path: Path) -> None:
 def test_every_variant_compiles(tmp_path: Path, capability: int) -> None:
     found = compile_for(capability, tmp_path, "--all")
     check(found, capability)
-    assert len(found) > 200
+    assert {variant["kernel"] for variant in found} == INFERENCE | GRADIENTS and len(found) > 200
