@@ -4,7 +4,9 @@ Axes: N pictures, 3 channels, H and W pixels.
 """
 
 import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import TypeAlias
 
@@ -21,6 +23,19 @@ Picture: TypeAlias = str | Path | bytes | Pillow.Image | np.ndarray
 MAX_PIXELS = 50_000_000  # a larger header is refused before a pixel of it is decoded
 MEAN, DEVIATION = 0.5, 0.5  # per channel, after scaling pixels to 0..1
 _BACKGROUND = (255, 255, 255)  # what a transparent pixel shows
+# What Pillow's decoders raise on damaged files, each of them seen or in their code.
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 
 
 def decode(picture: Picture) -> Pillow.Image:
@@ -37,7 +52,7 @@ def decode(picture: Picture) -> Pillow.Image:
             warnings.simplefilter("ignore")  # of doubtful metadata: the pixels decide
             warnings.simplefilter("error", Pillow.DecompressionBombWarning)
             image = _open(picture, name)
-            _check_size(image, name)
+            _check_header(image, name)
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning) as error:
@@ -50,10 +65,11 @@ def decode(picture: Picture) -> Pillow.Image:
         raise MediaError(f"{name} does not exist") from error
     except MemoryError as error:
         raise MediaError(f"{name} does not fit into memory") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
-        # Pillow's decoders raise any of these on damaged files.
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise MediaError(f"{name} is damaged or incomplete: {' '.join(reason.split())}") from error
+    except _DECODER_ERRORS as error:
+        system = getattr(error, "strerror", None)  # the system's own reason: no right to read, for one
+        reason = " ".join((system or str(error) or type(error).__name__).split())
+        verb = "cannot be read" if system else "is damaged or incomplete"
+        raise MediaError(f"{name} {verb}: {reason}") from error
 
 
 def describe_source(picture: Picture) -> str:
@@ -89,7 +105,9 @@ def _open(picture: str | Path | bytes | Pillow.Image, name: str) -> Pillow.Image
     return Pillow.open(path)
 
 
-def _check_size(image: Pillow.Image, name: str) -> None:
+def _check_header(image: Pillow.Image, name: str) -> None:
+    if image.format == "EPS":  # a program: Pillow would have Ghostscript run it
+        raise MediaError(f"{name} is PostScript, which is not run here; convert it to PNG first")
     if image.width == 0 or image.height == 0:
         raise MediaError(f"{name} has no pixels ({image.width} x {image.height})")
     if image.width * image.height > MAX_PIXELS:
@@ -117,6 +135,8 @@ def to_rgb(image: Pillow.Image) -> Pillow.Image:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         image = _scaled_grey(image)
+    if image.mode == "La":  # Pillow converts it to nothing but this
+        image = image.convert("LA")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Pillow.new("RGBA", image.size, (*_BACKGROUND, 255))
@@ -125,13 +145,17 @@ def to_rgb(image: Pillow.Image) -> Pillow.Image:
 
 
 def _scaled_grey(image: Pillow.Image) -> Pillow.Image:
-    """Greys of 16 or 32 bits, or floats in 0..1 or 0..255, as 8 bits."""
+    """Greys of 16 or 32 bits, or floats in 0..1 or 0..255, as 8 bits; with alpha where one is transparent."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     if image.mode == "F":
         scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
     else:
         scale = 1 / 257 if image.mode.startswith("I;16") or values.max(initial=0.0) > 255 else 1.0
-    return Pillow.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+    grey = Pillow.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:
+        alpha = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+        grey.putalpha(Pillow.fromarray(alpha))
+    return grey
 
 
 def fit_size(width: int, height: int, size: int) -> tuple[int, int]:
