@@ -28,6 +28,7 @@ __all__ = [
     "load_core",
     "load_strict",
     "open_weights",
+    "read_adapter_config",
     "read_config",
     "read_core",
     "read_tensors",
@@ -43,7 +44,7 @@ def core_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -157,6 +158,11 @@ def _write_card(folder: Path, card: str | None) -> None:
 
 def load_adapter(folder: str | Path, kind: str, core: Llama) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and fp32 tensors of an adapter; raises `CheckpointError` unless it fits this core."""
+    return read_adapter_config(folder, kind, core), read_tensors(Path(folder) / WEIGHTS)
+
+
+def read_adapter_config(folder: str | Path, kind: str, core: Llama) -> dict[str, Any]:
+    """Configuration of an adapter; raises `CheckpointError` unless it is of this kind and fits this core."""
     path = Path(folder)
     config = read_config(path)
     if config.get("kind") != kind:
@@ -166,7 +172,7 @@ def load_adapter(folder: str | Path, kind: str, core: Llama) -> tuple[dict[str, 
             f"{path}: this {kind} was trained on another core (hash {str(config.get('core_hash'))[:12]}, "
             f"here {core_hash(core)[:12]}); train it again on this one"
         )
-    return dict(config["adapter"]), read_tensors(path / WEIGHTS)
+    return dict(config["adapter"])
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: Path | str) -> None:

@@ -295,7 +295,7 @@ def write_hf(
     One file where all of it fits into `max_shard_bytes`, else shards and an index. A tensor that is
     larger than a shard gets one of its own.
     """
-    shards = list(_plan(sizes, max_shard_bytes))
+    shards = list(plan_shards(sizes, max_shard_bytes))
     index: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -307,7 +307,8 @@ def write_hf(
     write_json(folder / CONFIG, config)
 
 
-def _plan(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
+def plan_shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
+    """Names in order, split so that each part's bytes stay within the limit where a tensor allows it."""
     shard: list[str] = []
     filled = 0
     for name, size in sizes.items():

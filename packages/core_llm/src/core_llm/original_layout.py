@@ -172,8 +172,11 @@ class OriginalWeights(StoredWeights):
         self._passing: dict[int, dict[str, Tensor]] = {}
         self._passed = 0
         self._may_pass = sum(file.stat().st_size for file in self._files) // _PASSING_SHARE
-        super().__init__(folder, config_from_params(values, path, self._is_tied(), rope_factor))
+        super().__init__(folder, self._config(values, path, rope_factor))
         self.params = {**values, **_extras(self.config, values)}
+
+    def _config(self, values: Mapping[str, Any], path: Path, rope_factor: float | None) -> LlamaConfig:
+        return config_from_params(values, path, self._is_tied(), rope_factor)
 
     def check(self) -> None:
         shapes = expected_shapes(self.config)
@@ -315,20 +318,28 @@ def write_original(
             tensors[to_original(name)] = _part(name, read(name), config.head_dim, number, n_shards)
         if config.tied_embeddings:  # the same storage: the file holds it once
             tensors["output.weight"] = tensors["tok_embeddings.weight"]
-        try:
-            torch.save(tensors, folder / _file(number))
-        except RuntimeError as error:  # torch's writer reports a full disk this way
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{folder / _file(number)}: could not be written ({reason})") from error
+        save_shard(folder, number, tensors)
     write_json(folder / PARAMS, params)
+
+
+def save_shard(folder: Path, number: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write one consolidated.NN.pth; raises `CheckpointError` where the disk does not take it."""
+    path = folder / _file(number)
+    try:
+        torch.save(dict(tensors), path)
+    except RuntimeError as error:  # torch's writer reports a full disk this way
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: could not be written ({reason})") from error
 
 
 def _part(name: str, tensor: Tensor, head_dim: int, number: int, n_shards: int) -> Tensor:
     axis = shard_axis(name)
     if axis is not None and n_shards > 1:
         tensor = tensor.chunk(n_shards, dim=axis)[number]
-    if is_rotary(name):
-        tensor = to_interleaved(tensor, head_dim)
-    # torch.save writes whole storages: a view must not drag the rest of its own along.
+    return own_storage(to_interleaved(tensor, head_dim) if is_rotary(name) else tensor)
+
+
+def own_storage(tensor: Tensor) -> Tensor:
+    """The tensor, copied where it is part of a larger one: torch.save writes whole storages."""
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from core_llm.errors import CheckpointError
 from core_llm.model import Llama
 
 DType = torch.dtype | Literal["auto"]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class StoredWeights(ABC):
@@ -80,8 +81,13 @@ class _WithoutMemory(TorchFunctionMode):
 
 def skeleton(config: LlamaConfig) -> Llama:
     """A core whose parameters have shapes but no memory yet; its rotary frequencies are ready."""
+    return without_memory(lambda: Llama(config))
+
+
+def without_memory(build: Callable[[], Module]) -> Module:
+    """What `build` returns, its parameters without memory: for modules that use torch.empty and nn.init."""
     with _WithoutMemory():
-        return Llama(config)
+        return build()
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

@@ -4,12 +4,14 @@ Axes: B batch, T text positions, S memory positions, C core width, H query heads
 D head dim, P pictures.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from core_llm.config import LlamaConfig
 from core_llm.kernels import Mask, attend
-from core_llm.layers import FeedForward, RMSNorm
+from core_llm.layers import FeedForward, Linear, RMSNorm
 
 
 class CrossAttentionBlock(nn.Module):
@@ -24,10 +26,10 @@ class CrossAttentionBlock(nn.Module):
         kv_dim = core.n_kv_heads * core.head_dim
         self.head_dim = core.head_dim
         self.attention_norm = RMSNorm(core.dim, core.norm_eps)
-        self.q_proj = nn.Linear(core.dim, core.dim, bias=False)
-        self.k_proj = nn.Linear(core.dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(core.dim, kv_dim, bias=False)
-        self.o_proj = nn.Linear(core.dim, core.dim, bias=False)
+        self.q_proj = Linear(core.dim, core.dim)
+        self.k_proj = Linear(core.dim, kv_dim)
+        self.v_proj = Linear(core.dim, kv_dim)
+        self.o_proj = Linear(core.dim, core.dim)
         self.q_norm = RMSNorm(core.head_dim, core.norm_eps)
         self.k_norm = RMSNorm(core.head_dim, core.norm_eps)
         self.ffn_norm = RMSNorm(core.dim, core.norm_eps)
@@ -47,12 +49,16 @@ class CrossAttentionBlock(nn.Module):
         sees: bool [B, T], or None where every position sees an image. Where it is false the hidden state
         comes back bit for bit: neither attention nor feed-forward may touch a position without an image.
         """
-        q = self.q_norm(self._heads(self.q_proj(self.attention_norm(hidden))))
-        read = attend(q, keys, values, mask).transpose(1, 2).flatten(2)
-        out = hidden + self.attention_gate.tanh() * self.o_proj(read)
-        out = out + self.ffn_gate.tanh() * self.ffn(self.ffn_norm(out))
-        out = out.to(hidden.dtype)
+        out = self.blend(hidden, lambda q: attend(q, keys, values, mask))
         return out if sees is None else torch.where(sees[..., None], out, hidden)
+
+    def blend(self, hidden: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+        """hidden [B, T, C] → [B, T, C]; `read` maps queries [B, H, T, D] to what they read of the memory."""
+        q = self.q_norm(self._heads(self.q_proj(self.attention_norm(hidden))))
+        mixed = read(q).transpose(1, 2).flatten(2)
+        out = hidden + self.attention_gate.tanh() * self.o_proj(mixed)
+        out = out + self.ffn_gate.tanh() * self.ffn(self.ffn_norm(out))
+        return out.to(hidden.dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
