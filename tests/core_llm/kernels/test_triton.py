@@ -62,10 +62,15 @@ SOME = [
     ("pairs", (1, 8, 1, 17, 34, 64), BF16),
 ]
 EVERY = [
-    (kind, (2, 2 * ratio, 2, t, t if kind in ("packed", "prefix") else s, d), dtype)
+    (kind, (b, ratio * g, g, t, t if kind in ("packed", "prefix") else s, d), dtype)
     for kind in ("full", "causal", "cached", "packed", "prefix", "keys", "pairs")
     for dtype in (FP32, BF16, FP16)
-    for ratio, t, s, d in ((1, 65, 97, 64), (2, 129, 131, 128), (4, 33, 161, 64), (8, 7, 40, 128))
+    for b, ratio, g, t, s, d in (
+        (2, 1, 2, 65, 97, 64),
+        (1, 2, 1, 129, 131, 128),
+        (2, 4, 1, 33, 70, 64),
+        (1, 8, 2, 7, 40, 128),
+    )
 ]
 
 
