@@ -44,7 +44,8 @@ def save_peer(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     text = {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": VOCAB, "cross_attention_layers": [1, 4],
-        "rope_parameters": rope, "initializer_range": 0.15, "bos_token_id": 64, "eos_token_id": 65, "pad_token_id": 68,
+        "rope_parameters": rope, "initializer_range": 0.15, "bos_token_id": 64, "eos_token_id": 65,
+        "pad_token_id": 68,
     }  # fmt: skip
     vision = {
         "hidden_size": 32, "num_hidden_layers": 4, "num_global_layers": 2, "attention_heads": 4,
