@@ -1,0 +1,92 @@
+"""What an image encoder has to offer, whatever it is inside; and nano's own encoder offered so.
+
+Axes: P pictures, S memory positions of all pictures, E encoder width, R rows and K columns of patches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from vision_adapter.config import VisionConfig
+from vision_adapter.encoder import Encoder
+from vision_adapter.images import Picture, fit_size, tiles
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What an encoder sees in P pictures: values [S, E], one picture after the other; their lengths."""
+
+    values: Tensor
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """Where the memory positions of one picture lie over it.
+
+    index [R, K]: which of the picture's positions each patch is; positions of no place, such as a class
+    token, are left out. box: left, top, right and bottom of all patches together, in pixels of the upright
+    picture; it ends beyond the picture where there is padding, and inside it where the picture was cropped.
+    """
+
+    index: Tensor
+    box: tuple[float, float, float, float]
+
+
+@runtime_checkable
+class ImageEncoder(Protocol):
+    """Pictures in, features out; also an `nn.Module`, so that it can be trained, moved and stored.
+
+    width: E.
+    """
+
+    width: int
+
+    def preprocess(self, pictures: Sequence[Picture]) -> Any:
+        """Decode and prepare on the CPU. Raises `MediaError` that names the picture it cannot read."""
+        ...
+
+    def encode(self, inputs: Any) -> Features:
+        """Features of all pictures; a batch equals its pictures one by one."""
+        ...
+
+    def view(self, width: int, height: int) -> View:
+        """Where the positions lie over a picture of `width` x `height` pixels."""
+        ...
+
+
+class NanoEncoder(nn.Module):
+    """The bundled adapter's encoder: one square tile per picture, read by a convolution stem."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.width = config.encoder_dim
+        self.tower = Encoder(config)
+
+    def preprocess(self, pictures: Sequence[Picture]) -> Tensor:
+        """Pictures → fp32 [P, 3, size, size]."""
+        return tiles(list(pictures), self.config.image_size)
+
+    def encode(self, inputs: Tensor) -> Features:
+        """[P, 3, size, size] → equally many positions for every picture."""
+        weight = self.tower.positions
+        values = self.tower(inputs.to(weight.device, weight.dtype))
+        return Features(values.flatten(0, 1), (values.shape[1],) * len(values))
+
+    def view(self, width: int, height: int) -> View:
+        """The picture stands in the top left of its tile."""
+        return nano_view(self.config, width, height)
+
+
+def nano_view(config: VisionConfig, width: int, height: int) -> View:
+    """Where the patches of nano's one tile lie over a picture of `width` x `height` pixels."""
+    edge = config.image_size // 8
+    fitted = fit_size(width, height, config.image_size)
+    index = torch.arange(config.n_patches).view(edge, edge)
+    return View(
+        index, (0.0, 0.0, config.image_size * width / fitted[0], config.image_size * height / fitted[1])
+    )
