@@ -1,7 +1,7 @@
-"""Fused checkpoints of the released shape: read strictly, split, and written back bit by bit in both layouts."""
+"""Fused checkpoints: read strictly, split, and written back bit by bit, in both released layouts."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,11 @@ def written(request: Any, family: Part, tmp_path_factory: pytest.TempPathFactory
 
 
 def weights_of(core: torch.nn.Module, adapter: torch.nn.Module) -> dict[str, Tensor]:
-    return dict(core.named_parameters()) | {OURS + n: p for n, p in adapter.named_parameters()}
+    named: dict[str, Tensor] = dict(core.named_parameters())
+    return named | {OURS + name: parameter for name, parameter in adapter.named_parameters()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
@@ -205,7 +206,7 @@ def test_what_the_original_layout_cannot_express_is_an_error(family: Part, tmp_p
     finally:
         table.data.copy_(before)
     assert not (tmp_path / "m").exists()
-    with pytest.raises(CheckpointError, match="cannot cut n_kv_heads 2 into 3 shards"):
+    with pytest.raises(CheckpointError, match="cannot cut n_heads 4 into 3 shards"):
         checkpoint.save_fused(tmp_path / "m", core, adapter, layout="original", n_shards=3)
 
 
