@@ -43,6 +43,13 @@ class Audio:
     rate: int | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A video without its sound: a path, encoded bytes, or its frames in order, each as in `Image`."""
+
+    data: "str | Path | bytes | Sequence[str | Path | bytes | PILImage | np.ndarray]"
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """A tool that the assistant calls: all that its message holds.
@@ -61,7 +68,7 @@ class ToolResult:
     value: Any
 
 
-Part = Union[Text, Image, Audio, ToolCall, ToolResult]
+Part = Union[Text, Image, Audio, Video, ToolCall, ToolResult]
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Message:
         """The content as parts."""
         if isinstance(self.content, str):
             return (Text(self.content),)
-        if isinstance(self.content, (Text, Image, Audio, ToolCall, ToolResult)):
+        if isinstance(self.content, (Text, Image, Audio, Video, ToolCall, ToolResult)):
             return (self.content,)
         return tuple(self.content)
 
@@ -158,7 +165,7 @@ class _Turn:
     """A message on its way to ids. pieces: texts, each encoded alone, and media; python: behind the tag."""
 
     role: str
-    pieces: tuple[str | Image | Audio, ...]
+    pieces: tuple[str | Image | Audio | Video, ...]
     python: bool = False
     end: Literal["eot", "eom"] = "eot"
 
@@ -193,7 +200,8 @@ def render(
                 ids += tokenizer.encode(piece)
             else:
                 placed.append((len(ids), piece))
-                ids.append(tokenizer.image_id if isinstance(piece, Image) else tokenizer.audio_id)
+                # The vocabulary has no token for videos: they stand where pictures stand.
+                ids.append(tokenizer.audio_id if isinstance(piece, Audio) else tokenizer.image_id)
         ids.append(tokenizer.eot_id if turn.end == "eot" else tokenizer.eom_id)
         loss_mask += [turn.role == "assistant"] * (len(ids) - len(loss_mask))
     if generation_prompt:
@@ -219,9 +227,9 @@ def _turns(messages: Sequence[Message], chat: ChatFormat) -> list[_Turn]:
     return _dated_turns(list(messages), chat)
 
 
-def _spoken(message: Message, chat: ChatFormat) -> tuple[str | Image | Audio, ...]:
+def _spoken(message: Message, chat: ChatFormat) -> tuple[str | Image | Audio | Video, ...]:
     """Texts and media of a message, in order."""
-    pieces: list[str | Image | Audio] = []
+    pieces: list[str | Image | Audio | Video] = []
     for part in message.parts:
         if isinstance(part, (ToolCall, ToolResult)):
             kind = "tool call" if isinstance(part, ToolCall) else "tool result"
@@ -231,9 +239,9 @@ def _spoken(message: Message, chat: ChatFormat) -> tuple[str | Image | Audio, ..
     return tuple(pieces)
 
 
-def _trimmed(message: Message, chat: ChatFormat, before: str = "") -> tuple[str | Image | Audio, ...]:
+def _trimmed(message: Message, chat: ChatFormat, before: str = "") -> tuple[str | Image | Audio | Video, ...]:
     """The message without blanks at its ends and with `before` in front; neighbouring texts are one text."""
-    pieces: list[str | Image | Audio] = [""]
+    pieces: list[str | Image | Audio | Video] = [""]
     for piece in _spoken(message, chat):
         last = pieces[-1]
         if isinstance(piece, str) and isinstance(last, str):

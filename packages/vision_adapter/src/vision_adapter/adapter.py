@@ -104,7 +104,8 @@ class VisionAdapter(nn.Module):
     def encode(self, inputs: Tensor) -> ImageMemory:
         """Tiles [P, 3, size, size] → keys and values of every cross-attention block, once per request."""
         pixels = inputs.to(self.projector.weight.device, self.projector.weight.dtype)
-        memory = self.projector(self.encoder(pixels))
+        # In fp32 where autocast made it bf16: the gradients from all blocks are summed in this dtype.
+        memory = self.projector(self.encoder(pixels)).to(self.projector.weight.dtype)
         pairs = {int(layer): block.keys_values(memory) for layer, block in self._blocks()}
         return ImageMemory(
             {layer: keys for layer, (keys, _) in pairs.items()},

@@ -1,5 +1,6 @@
 """`vision-adapter`: train eyes for a core, ask about a picture."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -98,46 +99,193 @@ def answer(
     print(assistant.generate([conversation], Sampling(max_new_tokens=max_new_tokens))[0])
 
 
-def explain(
-    image: Annotated[Path, tyro.conf.Positional],
+def stage(
+    name: Annotated[str, tyro.conf.Positional],
+    data: Annotated[str, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    core: str = "nano",
+    adapter: str = "new",
+    preset: str = "small",
+    data_root: Path | None = None,
+    steps: int = 0,
+    batch: int = 0,
+    micro_batch: int = 0,
+    lr: float = 0.0,
+    image_size: int = 0,
+    seed: int = 0,
+    swap_core: bool = False,
+) -> None:
+    """Train one stage of the paper's recipe; the same command continues an interrupted run.
+
+    contrastive: the encoder alone, on captions. pretrain: the adapter, on captions at a low resolution.
+    anneal: at a higher one, with a new warm-up. sft: on instructions. dpo: on preferred answers.
+
+    Args:
+        name: contrastive, pretrain, anneal, sft or dpo.
+        data: scenes, coco_captions, vqav2, llava_instruct, easy_vqa, a folder with captions.jsonl, a hub id.
+        out: Folder for the adapter, metrics and the resumable state.
+        core: nano, or a folder with a core's checkpoint.
+        adapter: What to start from: new, nano, or a folder of an earlier stage.
+        preset: small (a laptop's) or paper.
+        data_root: Folder with local copies of the public datasets.
+        steps: Optimizer steps (0: the preset's).
+        batch: Examples per step (0: the preset's).
+        micro_batch: Examples per backward pass; sums are fp32 (0: the preset's).
+        lr: Peak learning rate (0: the preset's).
+        image_size: Pixels of a tile's side (0: the preset's).
+        seed: Seed of weights and data order.
+        swap_core: Put an adapter that was trained on another core on this one, such as its instruct version.
+    """
+    from dataclasses import replace
+
+    from core_llm.checkpoint import load_core
+    from vision_adapter.examples import train_and_held_out
+    from vision_adapter.stages.presets import preset as settings_of
+    from vision_adapter.stages.run import run_stage, starting_adapter
+
+    given = {"steps": steps, "batch": batch, "micro_batch": micro_batch, "lr": lr, "image_size": image_size}
+    config = replace(settings_of(preset, name), **{key: value for key, value in given.items() if value})  # type: ignore[arg-type]
+    examples, held_out = train_and_held_out(data, data_root)
+    model, tokenizer = load_core(core)
+    start = starting_adapter(adapter, model, swap_core, seed, config.image_size)
+    print(f"{name}: {len(examples)} examples, {len(held_out)} held out", flush=True)
+    trained, figures = run_stage(
+        name, model, tokenizer, start, (examples, held_out), out / "state", config, seed
+    )
+    trained.save(out, model)
+    print(f"adapter saved in {out}")
+    for figure, value in figures.items():
+        print(f"  {figure:24} {value:.4f}")
+
+
+def curate(
+    source: Annotated[str, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    dedup: float = 0.0,
+    clip_score: float = 0.0,
+    resample: float = 0.0,
+    embed: str = "pixels",
+    ngram: int = 2,
+    data_root: Path | None = None,
+    limit: int = 0,
+    seed: int = 0,
+) -> None:
+    """Choose among pictures with captions; the same command continues an interrupted run.
+
+    Writes captions.jsonl, which `stage` reads, dropped.jsonl with a reason for each pair, and report.json.
+
+    Args:
+        source: A folder with captions.jsonl or .csv, a folder of `datasets`, a known dataset, or a hub id.
+        out: Folder for the result.
+        dedup: Cosine from which two pictures are duplicates, such as 0.98 (0: keep them).
+        clip_score: Least cosine of a picture and its caption, such as 0.2 (0: keep all); needs --embed.
+        resample: Captions an n-gram may have before frequent ones are thinned out by sqrt(T/f) (0: keep all).
+        embed: pixels, or an open_clip model and weights such as ViT-B-32:openai.
+        ngram: Words of the longest n-gram.
+        data_root: Folder with local copies of the public datasets.
+        limit: Read only so many pairs (0: all).
+        seed: Seed of the resampling.
+    """
+    from vision_adapter.curate_run import CurationConfig
+    from vision_adapter.curate_run import curate as run
+    from vision_adapter.examples import load_examples
+
+    config = CurationConfig(dedup, clip_score, resample, embed, ngram, seed)
+    examples = load_examples(source, data_root, "all")
+    report = run(examples[: limit or None], out, config)
+    print(f"kept {report['kept']} of {report['read']} pairs; {out / 'report.json'}")
+    dropped = report["dropped"]
+    assert isinstance(dropped, dict)
+    for reason, n in dropped.items():
+        print(f"  {reason:16} {n}")
+
+
+def train_video(
+    out: Annotated[Path, tyro.conf.Positional],
+    core: str = "nano",
+    adapter: str = "nano",
+    steps: int = 0,
+    warm_up_steps: int = -1,
+    seed: int = 0,
+) -> None:
+    """Train video layers for a core and an image adapter that stay as they are, on clips of moving shapes.
+
+    Args:
+        out: Folder for the video layers, metrics and resumable states.
+        core: nano, or a folder with a core's checkpoint.
+        adapter: nano, or a folder with a vision adapter trained on that core.
+        steps: Optimizer steps (0: the recipe's).
+        warm_up_steps: Optimizer steps of the resampler alone (-1: the recipe's).
+        seed: Seed of weights and clips.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from core_llm.checkpoint import load_core
+    from vision_adapter.adapter import load
+    from vision_adapter.stages import video as training
+    from vision_adapter.video_adapter import VideoAdapter, VideoConfig
+
+    recipe = training.VideoRecipe()
+    recipe = replace(
+        recipe,
+        steps=steps or recipe.steps,
+        warm_up_steps=recipe.warm_up_steps if warm_up_steps < 0 else warm_up_steps,
+    )
+    model, tokenizer = load_core(core)
+    torch.manual_seed(seed)
+    layers = VideoAdapter(VideoConfig(), model.config, load(adapter, model))
+    figures = training.train_video(model, tokenizer, layers, out / "state", seed, recipe)
+    layers.save(out, model)
+    print(f"video layers saved in {out}")
+    for name, value in figures.items():
+        print(f"  {name:20} {value:.3f}")
+
+
+def watch(
+    video: Annotated[Path, tyro.conf.Positional],
     question: Annotated[str, tyro.conf.Positional],
-    out: Path = Path("overlay.png"),
+    layers: Path,
     core: str = "nano",
     adapter: str = "nano",
     max_new_tokens: int = 64,
 ) -> None:
-    """Answer a question about a picture and draw where each token of the answer looked.
+    """Answer a question about a video.
 
     Args:
-        image: A picture file.
+        video: A video file.
         question: What to ask about it.
-        out: The picture to write: its ending says in which format.
+        layers: Folder with video layers (see train-video).
         core: nano, or a folder with a core's checkpoint.
-        adapter: nano, or a folder with a vision adapter trained on that core.
+        adapter: nano, or a folder with the vision adapter that the layers were trained with.
         max_new_tokens: Length limit of the answer.
     """
     from core_llm.adapters import Assistant
+    from core_llm.chat import Message, Text, Video
     from core_llm.checkpoint import load_core
     from core_llm.errors import UserError
-    from vision_adapter import overlay
+    from core_llm.sampling import Sampling
     from vision_adapter.adapter import load
-    from vision_adapter.explain import explain as explained
+    from vision_adapter.video_adapter import load_video
 
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"--out {out}: the picture must end in .png, .jpg or .webp")
+    if not question.strip():
+        raise UserError("the question is empty: ask something about the video")
     model, tokenizer = load_core(core)
-    assistant = Assistant(model, tokenizer, [load(adapter, model)])
-    found = explained(assistant, image, question, max_new_tokens)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    overlay.draw(found).save(out)
-    print(found.answer)
-    print(f"overlay saved in {out}")
+    vision = load(adapter, model)
+    assistant = Assistant(model, tokenizer, [load_video(layers, model, vision), vision])
+    conversation = [Message("user", [Video(video), Text(question)])]
+    print(assistant.generate([conversation], Sampling(max_new_tokens=max_new_tokens))[0])
 
 
 def main() -> None:
     """Entry point of the console script."""
-    cli_tools.run(
-        "vision-adapter",
-        "Pictures for a frozen core: train, answer, explain.",
-        {"train": train, "answer": answer, "explain": explain},
-    )
+    commands: dict[str, Callable[..., None]] = {
+        "train": train,
+        "stage": stage,
+        "train-video": train_video,
+        "curate": curate,
+        "answer": answer,
+        "watch": watch,
+    }
+    cli_tools.run("vision-adapter", "Pictures for a frozen core: train, answer.", commands)

@@ -267,6 +267,98 @@ def _gsm8k_local(folder: Path) -> Iterator[Row]:
         yield from _numbered(f"gsm8k-{stem}", rows, _declared(stem))
 
 
+# Pictures of COCO stand in `train2017/`, `val2017/`, ... beside the annotations, under their own names.
+
+
+def _coco_row(identity: str, image: Any, file: str, caption: str, split: str | None) -> Row:
+    return Row(f"coco_captions-{identity}", file, {"image": image, "caption": caption.strip()}, split)
+
+
+def _coco_captions_local(folder: Path) -> Iterator[Row]:
+    """annotations/captions_{train,val}2017.json (or of 2014) and a folder of pictures for each."""
+    files = sorted((folder / "annotations").glob("captions_*.json"))
+    if not files:
+        raise FileNotFoundError("no annotations/captions_*.json")
+    for path in files:
+        part = path.stem.removeprefix("captions_")
+        annotations = json.loads(path.read_text(encoding="utf-8"))
+        names = {image["id"]: image["file_name"] for image in annotations["images"]}
+        for entry in annotations["annotations"]:
+            name = names[entry["image_id"]]
+            image, split = folder / part / name, _declared(part.rstrip("0123456789"))
+            yield _coco_row(str(entry["id"]), image, name, entry["caption"], split)
+
+
+def _coco_captions_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
+    for i, row in enumerate(rows):
+        name = str(row.get("file_name") or f"{split}-{i}")
+        for n, caption in enumerate(row["answer"] or []):
+            yield _coco_row(f"{split}-{i}-{n}", row["image"]["bytes"], name, caption, _declared(split))
+
+
+def _vqav2_row(row: dict[str, Any], answer: str | None, image: Any, split: str | None) -> Row:
+    answers = [each["answer"] for each in row.get("answers") or []]
+    fields = {"question": row["question"], "answer": answer, "answers": answers, "image": image}
+    return Row(f"vqav2-{row['question_id']}", str(row["image_id"]), fields, split)
+
+
+def _vqav2_local(folder: Path) -> Iterator[Row]:
+    """v2_OpenEnded_mscoco_*_questions.json, v2_mscoco_*_annotations.json, {train,val}2014/ with pictures."""
+    files = sorted(folder.glob("v2_OpenEnded_mscoco_*_questions.json"))
+    if not files:
+        raise FileNotFoundError("no v2_OpenEnded_mscoco_*_questions.json")
+    for path in files:
+        part = path.stem.removeprefix("v2_OpenEnded_mscoco_").removesuffix("_questions")
+        answered = json.loads((folder / f"v2_mscoco_{part}_annotations.json").read_text(encoding="utf-8"))
+        by_id = {entry["question_id"]: entry for entry in answered["annotations"]}
+        for question in json.loads(path.read_text(encoding="utf-8"))["questions"]:
+            entry = by_id[question["question_id"]] | question
+            image = folder / part / f"COCO_{part}_{question['image_id']:012}.jpg"
+            split = _declared(part.rstrip("0123456789"))
+            yield _vqav2_row(entry, entry["multiple_choice_answer"], image, split)
+
+
+def _vqav2_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
+    for row in rows:
+        if row.get("multiple_choice_answer"):  # the test parts have no answers
+            answer = row["multiple_choice_answer"]
+            yield _vqav2_row(row, answer, row["image"]["bytes"], _declared(split))
+
+
+def _llava_instruct_local(folder: Path) -> Iterator[Row]:
+    """*.json with lists of {id, image, conversations}; pictures under train2017/ or under their own path."""
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise FileNotFoundError("no .json file")
+    for path in files:
+        for i, entry in enumerate(json.loads(path.read_text(encoding="utf-8"))):
+            if "image" not in entry:  # some mixes of this form hold conversations without a picture
+                continue
+            said = [(turn["from"], turn["value"]) for turn in entry["conversations"]]
+            image = folder / entry["image"]
+            if not image.exists():
+                image = folder / "train2017" / entry["image"]
+            yield _llava_row(f"{path.stem}-{i}", entry["image"], image, said, None)
+
+
+def _llava_instruct_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
+    for i, row in enumerate(rows):
+        if len(row["images"]) != 1:
+            continue
+        said = [
+            (message["role"], "".join(part["text"] or "" for part in message["content"]))
+            for message in row["messages"]
+        ]
+        yield _llava_row(f"{split}-{i}", f"{split}-{i}", row["images"][0], said, _declared(split))
+
+
+def _llava_row(identity: str, group: str, image: Any, said: list[tuple[str, str]], split: str | None) -> Row:
+    """`turns`: questions and answers in order; the mark for the picture's place is left out."""
+    texts = [text.replace("<image>", "").strip() for speaker, text in said if speaker != "system"]
+    turns = list(zip(texts[::2], texts[1::2], strict=True))
+    return Row(f"llava_instruct-{identity}", group, {"image": image, "turns": turns}, split)
+
+
 _ALL = (
     Source(
         name="easy_vqa",
@@ -357,6 +449,36 @@ _ALL = (
         dev_fraction=0.1,
         read_local=_gsm8k_local,
         read_hub=_from_hub("gsm8k", _gsm8k_fields),
+    ),
+    Source(
+        name="coco_captions",
+        title="COCO captions",
+        licence="CC BY 4.0 (annotations); the pictures are under their own licences",
+        homepage="https://cocodataset.org",
+        hub=("lmms-lab/COCO-Caption2017", None),  # its validation and test parts; training needs a local copy
+        dev_fraction=0.1,
+        read_local=_coco_captions_local,
+        read_hub=_coco_captions_hub,
+    ),
+    Source(
+        name="vqav2",
+        title="VQAv2",
+        licence="CC BY 4.0 (annotations); the pictures are under their own licences",
+        homepage="https://visualqa.org",
+        hub=("lmms-lab/VQAv2", None),
+        dev_fraction=0.1,
+        read_local=_vqav2_local,
+        read_hub=_vqav2_hub,
+    ),
+    Source(
+        name="llava_instruct",
+        title="LLaVA-Instruct",
+        licence="CC BY 4.0 (annotations); written by a model whose terms of use apply",
+        homepage="https://github.com/haotian-liu/LLaVA",
+        hub=("HuggingFaceH4/llava-instruct-mix-vsft", None),
+        dev_fraction=0.02,
+        read_local=_llava_instruct_local,
+        read_hub=_llava_instruct_hub,
     ),
 )
 

@@ -1,0 +1,215 @@
+"""Pictures with text from wherever they are: a registered dataset, a folder, a `datasets` folder or the hub.
+
+Decoding is left to who needs the pixels. The same readers serve training and curation.
+"""
+
+import csv
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core_llm.chat import Image, Message, Text
+from core_llm.data import sources
+from core_llm.errors import DataError
+from vision_adapter.images import Picture
+
+TABLES = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
+_CAPTION_COLUMNS = ("caption", "text", "captions")
+SCENES = "scenes"  # drawn by the project: needs no data
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A picture and what is said about it.
+
+    turns: questions with their answers; a caption is the answer to an empty question. rejected: a worse
+    answer to the last question, where the data hold preferences.
+    """
+
+    id: str
+    image: Picture
+    turns: tuple[tuple[str, str], ...]
+    rejected: str | None = None
+
+    @property
+    def caption(self) -> str:
+        """All answers: what the text says of the picture."""
+        return " ".join(answer for _, answer in self.turns)
+
+    def conversation(self, last: str | None = None) -> list[Message]:
+        """As messages: the picture first; `last` replaces the last answer."""
+        messages: list[Message] = []
+        for n, (question, answer) in enumerate(self.turns):
+            parts: list[Any] = [Image(self.image)] if n == 0 else []
+            parts += [Text(question)] if question else []
+            final = last is not None and n == len(self.turns) - 1
+            messages += [Message("user", parts), Message("assistant", last if final else answer)]  # type: ignore[arg-type]
+        return messages
+
+
+def load_examples(where: str, data_root: Path | None = None, split: str = "train") -> list[Example]:
+    """Examples in a fixed order.
+
+    where: "scenes"; the name of a dataset in `core_llm.data.sources`; a folder with pictures and a table
+    (`TABLES`, one row per text); a folder written by `datasets`' save_to_disk; or a hub id. A row has "image"
+    (or "file_name", relative to the table) and one of: "caption" or "text"; "question" and "answer"; "turns";
+    LLaVA's "conversations"; and with a question "chosen" and "rejected".
+    Raises `DataError` that names the file and row which cannot be read.
+    """
+    if where == SCENES:
+        return scene_examples(2000 if split == "train" else 200, f"{split} examples")
+    if where in sources.SOURCES:
+        rows = sources.load(where, data_root, split)
+        return [_example(row.id, row.fields, f"{where}: {row.id}") for row in rows]
+    folder = Path(where)
+    if folder.is_dir():
+        found = _from_table(folder) if _table(folder) else _from_datasets(folder)
+    elif not folder.exists() and where.count("/") == 1 and not where.startswith((".", "/")):
+        found = _from_hub(where)
+    else:
+        known = ", ".join((SCENES, *(n for n, s in sources.SOURCES.items() if n in _WITH_PICTURES)))
+        raise DataError(f"unknown data '{where}'; known: {known}, a folder, or a hub id such as org/name")
+    everything = list(found)
+    chosen = [each for each in everything if split == "all" or _held_out(each.id) == (split == "dev")]
+    if not everything or (split == "train" and not chosen):
+        raise DataError(f"{where}: holds no pictures with text")
+    return chosen
+
+
+def train_and_held_out(where: str, data_root: Path | None = None) -> tuple[list[Example], list[Example]]:
+    """Both splits of `load_examples`; nothing is held out of a dataset that has no such split."""
+    train = load_examples(where, data_root, "train")
+    try:
+        return train, load_examples(where, data_root, "dev")
+    except DataError:
+        return train, []
+
+
+_WITH_PICTURES = ("easy_vqa", "coco_captions", "vqav2", "llava_instruct")
+
+
+def _held_out(identity: str) -> bool:
+    """One in twenty, by a hash that never changes."""
+    return hashlib.sha256(identity.encode()).digest()[0] < 13
+
+
+def _table(folder: Path) -> Path | None:
+    return next((folder / name for name in TABLES if (folder / name).is_file()), None)
+
+
+def _from_table(folder: Path) -> Iterator[Example]:
+    path = _table(folder)
+    assert path is not None
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows: Iterable[Mapping[str, Any]]
+            rows = csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
+            for i, row in enumerate(rows):
+                name = row.get("image") or row.get("file_name")
+                if not isinstance(name, str):
+                    raise DataError(f"{path}: row {i + 1} names no picture in 'image' or 'file_name'")
+                identity = str(row.get("id") or f"{i}-{name}")
+                yield _example(identity, {**row, "image": folder / name}, f"{path}: row {i + 1}")
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _from_datasets(folder: Path) -> Iterator[Example]:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise DataError(
+            f"{folder}: holds neither a table ({', '.join(TABLES)}) nor a dataset of save_to_disk"
+        ) from error
+    yield from _rows_of(loaded, str(folder))
+
+
+def _from_hub(name: str) -> Iterator[Example]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name)
+    except Exception as error:  # the library raises many kinds; all mean that the hub copy is out of reach
+        raise DataError(
+            f"{name}: no such folder, and not readable from the hub ({type(error).__name__}); "
+            "check the spelling and the network"
+        ) from error
+    yield from _rows_of(loaded, name)
+
+
+def _rows_of(loaded: Any, where: str) -> Iterator[Example]:
+    import datasets
+
+    tables = loaded.items() if isinstance(loaded, datasets.DatasetDict) else [("all", loaded)]
+    for split, table in tables:
+        if "image" not in table.column_names:
+            raise DataError(f"{where}: has no column 'image' (only {', '.join(table.column_names)})")
+        for i, row in enumerate(table.cast_column("image", datasets.Image(decode=False))):
+            image = row["image"]["bytes"] or row["image"]["path"]
+            yield _example(f"{split}-{i}", {**row, "image": image}, f"{where}: row {i} of {split}")
+
+
+def _example(identity: str, row: Mapping[str, Any], place: str) -> Example:
+    turns = _turns(row)
+    if not turns:
+        columns = ", ".join(key for key in row if key != "image")
+        raise DataError(f"{place}: no caption, question with answer, or conversation (it has {columns})")
+    rejected = row.get("rejected")
+    return Example(identity, row["image"], turns, None if rejected is None else str(rejected))
+
+
+def _turns(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    question = str(row.get("question") or row.get("prompt") or "")
+    answer = row.get("chosen", row.get("answer"))
+    if answer is not None:
+        return ((question, str(answer)),)
+    if row.get("turns"):
+        return tuple((str(asked), str(said)) for asked, said in row["turns"])
+    if row.get("conversations"):
+        said = [str(turn["value"]).replace("<image>", "").strip() for turn in row["conversations"]]
+        return tuple(zip(said[::2], said[1::2], strict=False))
+    for column in _CAPTION_COLUMNS:
+        value = row.get(column)
+        if isinstance(value, Sequence) and not isinstance(value, str) and value:
+            value = value[0]  # some datasets hold several captions per picture
+        if isinstance(value, str) and value.strip():
+            return (("", value.strip()),)
+    return ()
+
+
+def scene_examples(n: int, seed: str, size: int = 64) -> list[Example]:
+    """n drawn scenes: one in two described, the others asked about, with a wrong answer of the same kind."""
+    from core_llm.data.scenes import questions, sample_scene
+    from vision_adapter.samples import ordered_description
+    from vision_adapter.scenes import draw
+
+    rng = random.Random(seed)
+    found = []
+    for i in range(n):
+        scene, other = sample_scene(rng, "single"), sample_scene(rng, "single")
+        picture = draw(scene, rng, size)
+        if i % 2:
+            wrong = ordered_description(other)
+            turn = ("", ordered_description(scene))
+        else:
+            question = questions(scene, rng, 1)[0]
+            wrong = _another_answer(question.answer, rng)
+            turn = (question.text, question.answer)
+        found.append(Example(f"scene-{seed}-{i}", picture, (turn,), wrong))
+    return found
+
+
+def _another_answer(answer: str, rng: random.Random) -> str:
+    from core_llm.data.scenes import COLORS, COLUMNS, ROWS, SHAPES
+
+    places = [f"{row} {column}" for row in ("top", "bottom") for column in ("left", "right")]
+    for kind in (("yes", "no"), COLORS, SHAPES, (*ROWS, *COLUMNS, *places)):
+        if answer in kind:
+            return rng.choice([value for value in kind if value != answer])
+    return "no"

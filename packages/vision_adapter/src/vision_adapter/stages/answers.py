@@ -1,0 +1,181 @@
+"""Learning to answer about pictures through a frozen core: pre-training, annealing and SFT.
+
+The three differ in data, resolution and learning rate, not in what is computed.
+Axes: B conversations, N answer tokens, S patches, E encoder width.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core_llm.adapters import Assistant
+from core_llm.chat import Message, render
+from core_llm.config import LlamaConfig
+from core_llm.generate import hidden_states
+from core_llm.model import Llama
+from core_llm.tokenizer import Tokenizer
+from vision_adapter.adapter import VisionAdapter
+from vision_adapter.examples import Example
+from vision_adapter.stages.accumulate import accumulated, split
+from vision_adapter.stages.presets import StageConfig
+
+
+def answer_log_probabilities(
+    assistant: Assistant, conversations: Sequence[Sequence[Message]], last_only: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log p (nats) of what the assistant says [N], those tokens [N], and their rows [N].
+
+    last_only: of the last message alone. Gradients reach the adapters.
+    """
+    request = assistant.prepare(conversations, generation_prompt=False)
+    mask = request.loss_mask
+    if last_only:
+        position = torch.arange(request.width, device=mask.device)
+        mask = mask & (position >= request.answer_starts[:, None])
+    rows, positions = mask[:, 1:].nonzero(as_tuple=True)
+    hidden = hidden_states(assistant.core, request)[rows, positions]
+    tokens = request.targets[rows, positions + 1]
+    chosen = assistant.core.logits(hidden).float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    return chosen, tokens, rows
+
+
+def picked(examples: Sequence[Example], step: int, batch: int, seed: str) -> list[Example]:
+    """The examples of a step: every epoch has each of them once, in an order of its own."""
+    n = len(examples)
+    found: list[Example] = []
+    for index in range(step * batch, (step + 1) * batch):
+        epoch, place = divmod(index, n)
+        found.append(examples[_order(n, f"{seed} {epoch}")[place]])
+    return found
+
+
+_orders: dict[tuple[int, str], list[int]] = {}
+
+
+def _order(n: int, seed: str) -> list[int]:
+    """A permutation; the last two are kept, for a step that spans two epochs."""
+    if (n, seed) not in _orders:
+        while len(_orders) > 1:
+            _orders.pop(next(iter(_orders)))
+        _orders[n, seed] = random.Random(seed).sample(range(n), n)
+    return _orders[n, seed]
+
+
+def adapter_groups(adapter: nn.Module, config: StageConfig) -> list[dict[str, Any]]:
+    """Parameters of the parts that a stage trains, gates and encoder at own rates; all else is frozen."""
+    adapter.requires_grad_(False)
+    groups: dict[str, list[nn.Parameter]] = {"gates": [], "encoder": [], "rest": []}
+    for name, parameter in adapter.named_parameters():
+        if name.split(".")[0] not in config.trained:
+            continue
+        parameter.requires_grad_(True)
+        kind = "gates" if name.endswith("_gate") else "encoder" if name.startswith("encoder.") else "rest"
+        groups[kind].append(parameter)
+    return [
+        {"params": groups["rest"]},
+        {"params": groups["encoder"], "lr_scale": config.encoder_lr_scale},
+        {"params": groups["gates"], "lr_scale": config.gate_lr_scale},
+    ]
+
+
+class AnswerTask:
+    """Cross-entropy on what is said about a picture; the core never changes."""
+
+    def __init__(
+        self,
+        name: str,
+        core: Llama,
+        tokenizer: Tokenizer,
+        adapter: VisionAdapter,
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        config: StageConfig,
+        seed: int = 0,
+    ) -> None:
+        self.name, self.adapter, self.config, self.seed = name, adapter, config, seed
+        self.assistant = Assistant(core.requires_grad_(False), tokenizer, [adapter])
+        self.examples, self.held_out = examples, held_out[:256]
+        self.groups = adapter_groups(adapter, config)
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The adapter."""
+        return {"adapter": self.adapter}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The parts that this stage trains."""
+        return self.groups
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that receives gradients."""
+        return [p for group in self.groups for p in group["params"]]
+
+    def batch(self, step: int) -> list[Example]:
+        """Examples of the step."""
+        return picked(self.examples, step, self.config.batch, f"{self.seed} {self.name}")
+
+    def loss(self, batch: Sequence[Example]) -> tuple[Tensor, dict[str, float]]:
+        """Mean cross-entropy, nats per answer token of the whole batch, and the gates.
+
+        Micro-batches are weighted by their tokens: the mean of their means would favour short answers.
+        """
+        micro_batches = [[e.conversation() for e in part] for part in split(batch, self.config.micro_batch)]
+        total = sum(self._n_targets(part) for part in micro_batches)
+        losses = (-answer_log_probabilities(self.assistant, part)[0].sum() / total for part in micro_batches)
+        return accumulated(losses, self.parameters()), self.adapter.gates()
+
+    def _n_targets(self, conversations: Sequence[Sequence[Message]]) -> int:
+        chat = self.assistant.chat
+        return sum(
+            sum(render(messages, self.assistant.tokenizer, False, chat).loss_mask)
+            for messages in conversations
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss on held-out examples, and with each text beside the next one's picture."""
+        if len(self.held_out) < 2:
+            return {}
+        moved = [
+            replace(example, image=self.held_out[(i + 1) % len(self.held_out)].image)
+            for i, example in enumerate(self.held_out)
+        ]
+        return {
+            "held_out_loss": self.loss(self.held_out)[0].item(),
+            "held_out_loss_shuffled": self.loss(moved)[0].item(),
+        }
+
+
+def resize_positions(positions: Tensor, side: int) -> Tensor:
+    """Position embedding [S, E] of a square of patches → [side², E], bicubic and anti-aliased.
+
+    The order of patches is row by row. Where the side stays, the same numbers come back.
+    """
+    old = round(positions.shape[0] ** 0.5)
+    if old * old != positions.shape[0]:
+        raise ValueError(f"{positions.shape[0]} positions are not a square")
+    if old == side:
+        return positions.clone()
+    grid = positions.float().T.unflatten(1, (old, old))[None]
+    resized = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False, antialias=True)
+    return resized[0].flatten(1).T.to(positions.dtype).contiguous()
+
+
+def at_resolution(adapter: VisionAdapter, core: LlamaConfig, image_size: int) -> VisionAdapter:
+    """The same adapter for pictures of another size in pixels: all weights kept, positions resized.
+
+    Raises `CheckpointError` for a size that the encoder's stride does not divide.
+    """
+    if image_size in (0, adapter.config.image_size):
+        return adapter
+    config = replace(adapter.config, image_size=image_size)
+    resized = VisionAdapter(config, core)
+    state = dict(adapter.state_dict())
+    side = round(config.n_patches**0.5)
+    state["encoder.positions"] = resize_positions(state["encoder.positions"], side)
+    resized.load_state_dict(state)
+    weight = adapter.projector.weight
+    return resized.to(weight.device, weight.dtype)

@@ -1,0 +1,159 @@
+"""Contrastive pre-training of the image encoder: pictures and their captions meet in one space.
+
+open_clip gives the loss and the text tower; the tower and both projections are thrown away afterwards.
+Axes: B pairs, S patches, E encoder width, D shared width, T caption tokens.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core_llm.tokenizer import Tokenizer
+from vision_adapter.adapter import VisionAdapter
+from vision_adapter.examples import Example
+from vision_adapter.images import tiles
+from vision_adapter.stages.accumulate import accumulated, split
+from vision_adapter.stages.answers import picked
+from vision_adapter.stages.presets import StageConfig
+
+_FIRST_SCALE, _LAST_SCALE = 1 / 0.07, 100.0  # of the logits (arXiv 2103.00020, section 2.5)
+
+
+class TwoTowers(nn.Module):
+    """The image encoder with mean pooling and a projection, a text tower, and the temperature."""
+
+    def __init__(self, encoder: nn.Module, encoder_dim: int, tokenizer: Tokenizer, config: StageConfig):
+        super().__init__()
+        from open_clip.transformer import TextTransformer
+
+        self.encoder = encoder
+        self.image_projection = nn.Linear(encoder_dim, config.embedding, bias=False)
+        self.text = TextTransformer(
+            context_length=config.text_length,
+            vocab_size=tokenizer.vocab_size,
+            width=config.text_dim,
+            heads=config.text_heads,
+            layers=config.text_layers,
+            output_dim=config.embedding,
+            pool_type="eos",
+            eos_id=tokenizer.eot_id,
+        )
+        self.log_scale = nn.Parameter(torch.tensor(_FIRST_SCALE).log())
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """[B, 3, size, size] → unit vectors [B, D]."""
+        pooled = self.encoder(pixels).mean(dim=1)
+        return F.normalize(self.image_projection(pooled).float(), dim=-1)
+
+    def texts(self, tokens: Tensor) -> Tensor:
+        """[B, T] → unit vectors [B, D]."""
+        return F.normalize(self.text(tokens).float(), dim=-1)
+
+    def scale(self) -> Tensor:
+        """Factor of the cosines."""
+        return self.log_scale.exp().clamp(max=_LAST_SCALE)
+
+
+class ContrastiveTask:
+    """Trains the encoder of an adapter; the rest of the adapter and the core take no part."""
+
+    name = "contrastive"
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        adapter: VisionAdapter,
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        config: StageConfig,
+        seed: int = 0,
+    ) -> None:
+        from open_clip.loss import ClipLoss
+
+        torch.manual_seed(seed)  # fixes the text tower
+        adapter.requires_grad_(False)
+        adapter.encoder.requires_grad_(True)
+        self.towers = TwoTowers(adapter.encoder, adapter.config.encoder_dim, tokenizer, config)
+        self.towers.to(adapter.projector.weight.device)
+        self.size, self.tokenizer, self.config, self.seed = adapter.config.image_size, tokenizer, config, seed
+        self.examples, self.held_out = examples, held_out[:256]
+        self.clip_loss = ClipLoss()
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Both towers."""
+        return {"towers": self.towers}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """All at one rate."""
+        return [{"params": list(self.towers.parameters())}]
+
+    def batch(self, step: int) -> list[Example]:
+        """Pairs of the step."""
+        return picked(self.examples, step, self.config.batch, f"{self.seed} {self.name}")
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """Ids [B, T], each caption cut to fit and closed by an end token."""
+        length = self.config.text_length
+        rows = [self.tokenizer.encode(text)[: length - 1] + [self.tokenizer.eot_id] for text in captions]
+        pad = self.tokenizer.pad_id
+        filled = [row + [pad] * (length - len(row)) for row in rows]
+        return torch.tensor(filled, device=self.towers.log_scale.device)
+
+    def _inputs(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        pixels = tiles([e.image for e in examples], self.size).to(self.towers.log_scale.device)
+        return pixels, self.tokens([e.caption for e in examples])
+
+    def loss(self, batch: Sequence[Example]) -> tuple[Tensor, dict[str, float]]:
+        """The symmetric loss over all pairs of the batch; retrieval accuracy and the scale.
+
+        Each picture is told from all captions of the batch, so the micro-batches cannot be taken alone: the
+        features of all come first, without a graph, then each micro-batch passes again and receives the
+        gradient of its own features (arXiv 2101.06983).
+        """
+        parts = [self._inputs(part) for part in split(batch, self.config.micro_batch)]
+        if len(parts) == 1:
+            images, texts = self.towers.images(parts[0][0]), self.towers.texts(parts[0][1])
+            return self.clip_loss(images, texts, self.towers.scale()), self._figures(images, texts)
+        with torch.no_grad():
+            images = torch.cat([self.towers.images(pixels) for pixels, _ in parts])
+            texts = torch.cat([self.towers.texts(tokens) for _, tokens in parts])
+        losses = self._pieces(parts, images.requires_grad_(), texts.requires_grad_())
+        total = accumulated(losses, list(self.towers.parameters()))
+        return total, self._figures(images.detach(), texts.detach())
+
+    def _pieces(
+        self, parts: Sequence[tuple[Tensor, Tensor]], images: Tensor, texts: Tensor
+    ) -> Iterator[Tensor]:
+        """Scalars whose values sum to the loss and whose gradients sum to its gradient."""
+        loss = self.clip_loss(images, texts, self.towers.scale())
+        if not torch.is_grad_enabled():
+            yield loss
+            return
+        by_image, by_text = torch.autograd.grad(loss, (images, texts), retain_graph=True)
+        yield loss  # of the parameters only the scale is in its graph
+        start = 0
+        for pixels, tokens in parts:
+            end = start + len(pixels)
+            surrogate = (self.towers.images(pixels) * by_image[start:end]).sum()
+            surrogate = surrogate + (self.towers.texts(tokens) * by_text[start:end]).sum()
+            yield surrogate - surrogate.detach()  # the value is in `loss` already
+            start = end
+
+    def _figures(self, images: Tensor, texts: Tensor) -> dict[str, float]:
+        found = (images.detach() @ texts.detach().T).argmax(dim=1)
+        right = (found == torch.arange(len(found), device=found.device)).float().mean().item()
+        return {"retrieved": right, "scale": self.towers.scale().item()}
+
+    def evaluate(self) -> dict[str, float]:
+        """On held-out pairs: the loss, how often a picture finds its caption, and the share by chance."""
+        if len(self.held_out) < 2:
+            return {}
+        loss, figures = self.loss(self.held_out)
+        return {
+            "held_out_loss": loss.item(),
+            "held_out_retrieved": figures["retrieved"],
+            "chance": 1 / len(self.held_out),
+        }
