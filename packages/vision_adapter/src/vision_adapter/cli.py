@@ -278,6 +278,42 @@ def watch(
     print(assistant.generate([conversation], Sampling(max_new_tokens=max_new_tokens))[0])
 
 
+def explain(
+    image: Annotated[Path, tyro.conf.Positional],
+    question: Annotated[str, tyro.conf.Positional],
+    out: Path = Path("overlay.png"),
+    core: str = "nano",
+    adapter: str = "nano",
+    max_new_tokens: int = 64,
+) -> None:
+    """Answer a question about a picture and draw where each token of the answer looked.
+
+    Args:
+        image: A picture file.
+        question: What to ask about it.
+        out: The picture to write: its ending says in which format.
+        core: nano, or a folder with a core's checkpoint.
+        adapter: nano, or a folder with a vision adapter trained on that core.
+        max_new_tokens: Length limit of the answer.
+    """
+    from core_llm.adapters import Assistant
+    from core_llm.checkpoint import load_core
+    from core_llm.errors import UserError
+    from vision_adapter import overlay
+    from vision_adapter.adapter import load
+    from vision_adapter.explain import explain as explained
+
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--out {out}: the picture must end in .png, .jpg or .webp")
+    model, tokenizer = load_core(core)
+    assistant = Assistant(model, tokenizer, [load(adapter, model)])
+    found = explained(assistant, image, question, max_new_tokens)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    overlay.draw(found).save(out)
+    print(found.answer)
+    print(f"overlay saved in {out}")
+
+
 def main() -> None:
     """Entry point of the console script."""
     commands: dict[str, Callable[..., None]] = {
@@ -287,5 +323,6 @@ def main() -> None:
         "curate": curate,
         "answer": answer,
         "watch": watch,
+        "explain": explain,
     }
-    cli_tools.run("vision-adapter", "Pictures for a frozen core: train, answer.", commands)
+    cli_tools.run("vision-adapter", "Pictures for a frozen core: train, answer, explain.", commands)
