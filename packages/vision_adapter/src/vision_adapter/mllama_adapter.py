@@ -63,7 +63,8 @@ class MllamaAdapter(nn.Module):
         check_tiles(inputs, self.config)
         weight = self.projector.weight
         pixels = inputs.pixels.to(weight.device, weight.dtype)
-        return self.projector(self.encoder(replace(inputs, pixels=pixels))).flatten(0, 1)
+        # In fp32 where autocast made it bf16: the gradients from all blocks are summed in this dtype.
+        return self.projector(self.encoder(replace(inputs, pixels=pixels))).flatten(0, 1).to(weight.dtype)
 
     def encode(self, inputs: Tiles) -> TileMemory:
         """Tiles → keys and values of every cross-attention block, once per request."""
