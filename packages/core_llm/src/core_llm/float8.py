@@ -11,9 +11,9 @@ from core_llm.quantized_linear import QuantizedLinear, widened_product
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max  # 448
-# The paper's bound on dynamic scales, read as a bound on the magnitude that is mapped to 448: what lies beyond
-# saturates, so that one outlier does not push its row into underflow. (As a bound on the scale itself it
-# would never act: no activation reaches 448 x 1200.)
+# The paper's bound on dynamic scales, read as a bound on the magnitude that is mapped to 448: what lies
+# beyond saturates, so that one outlier does not push its row into underflow. (As a bound on the scale itself
+# it would never act: no activation reaches 448 x 1200.)
 SCALE_BOUND = 1200.0
 _SMALLEST = 1e-12  # keeps the scale of a row of zeros above 0
 
