@@ -21,7 +21,7 @@ from core_llm.model import Llama
 from vision_adapter.config import cross_attention_schedule
 from vision_adapter.cross_attention import CrossAttentionBlock
 from vision_adapter.mllama_config import MllamaConfig
-from vision_adapter.mllama_encoder import MllamaEncoder, Tiles, check_tiles
+from vision_adapter.mllama_encoder import Affine, MllamaEncoder, Tiles, check_tiles
 from vision_adapter.mllama_memory import Plan, TileMemory, plan
 
 KIND = "mllama"
@@ -41,7 +41,7 @@ class MllamaAdapter(nn.Module):
             config = replace(config, cross_layers=cross_attention_schedule(core.n_layers))
         self.config = config
         self.encoder = MllamaEncoder(config)
-        self.projector = nn.Linear(config.output_dim, core.dim)
+        self.projector = Affine(config.output_dim, core.dim)
         self.token_rows = nn.Parameter(torch.empty(config.token_rows, core.dim))
         nn.init.normal_(self.token_rows, std=core.dim**-0.5)
         self.cross_attention = nn.ModuleDict(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core_llm.kernels import Mask, attend
+from core_llm.kernels.steps import linear, multiplies_bf16
 from core_llm.layers import Linear
 from vision_adapter.mllama_config import MllamaConfig, tile_grids
 
@@ -71,13 +72,23 @@ class VisionAttention(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
+class Affine(nn.Linear):
+    """A product with a bias, in bf16 on a CPU by the core's kernels where the processor only emulates it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        if x.dtype == torch.bfloat16 and not multiplies_bf16(x.device.type):
+            return linear(x, self.weight) + self.bias
+        return super().forward(x)
+
+
 class VisionMLP(nn.Module):
     """Two layers with GELU between them."""
 
     def __init__(self, config: MllamaConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.dim, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, config.dim)
+        self.fc1 = Affine(config.dim, config.ffn_dim)
+        self.fc2 = Affine(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] → [..., E]."""
