@@ -96,6 +96,21 @@ def test_micro_batches_equal_one_big_batch(stage: str, family: Family, examples:
             assert (found[name] - gradient).abs().max() <= 1e-5 * largest, name
 
 
+def test_micro_batches_work_under_autocast(family: Family, examples: list[Example]) -> None:
+    losses = []
+    for size in (0, 1):
+        task = task_of("sft", family, examples, replace(TINY, micro_batch=size))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = task.loss(examples[:3])
+        loss.backward()
+        rows = task.modules()["adapter"].token_rows.grad
+        assert isinstance(rows, torch.Tensor) and rows.dtype == torch.float32
+        losses.append((loss.item(), rows))
+    (whole, expected), (parts, found) = losses
+    assert parts == pytest.approx(whole, rel=0.01)
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
 def test_mean_of_micro_batch_means_would_be_another_loss(family: Family, examples: list[Example]) -> None:
     task = task_of("sft", family, examples)
     whole = task.loss(examples[:4])[0].item()

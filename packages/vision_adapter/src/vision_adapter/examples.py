@@ -61,7 +61,9 @@ def load_examples(where: str, data_root: Path | None = None, split: str = "train
     Raises `DataError` that names the file and row which cannot be read.
     """
     if where == SCENES:
-        return scene_examples(2000 if split == "train" else 200, f"{split} examples")
+        sizes = {"train": 2000, "dev": 200}
+        parts = sizes if split == "all" else [split]
+        return [example for part in parts for example in scene_examples(sizes[part], f"{part} examples")]
     if where in sources.SOURCES:
         rows = sources.load(where, data_root, split)
         return [_example(row.id, row.fields, f"{where}: {row.id}") for row in rows]
