@@ -1,10 +1,10 @@
-"""What an image encoder has to offer, whatever it is inside; and nano's own encoder offered so.
+"""What an image encoder has to offer, whatever it is inside; nano's and Llama 3.2-Vision's offered so.
 
 Axes: P pictures, S memory positions of all pictures, E encoder width, R rows and K columns of patches.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from vision_adapter.config import VisionConfig
 from vision_adapter.encoder import Encoder
-from vision_adapter.images import Picture, fit_size, tiles
+from vision_adapter.images import Picture, decode, fit_size, tiles
+from vision_adapter.mllama_config import MllamaConfig
+from vision_adapter.mllama_encoder import MllamaEncoder, Tiles, check_tiles
+from vision_adapter.tiles import choose_grid, fitted_size, tile_image
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,3 +93,46 @@ def nano_view(config: VisionConfig, width: int, height: int) -> View:
     return View(
         index, (0.0, 0.0, config.image_size * width / fitted[0], config.image_size * height / fitted[1])
     )
+
+
+class MllamaTiles(nn.Module):
+    """Llama 3.2-Vision's encoder: a picture is one to `max_tiles` tiles, so pictures differ in length."""
+
+    def __init__(self, config: MllamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.width = config.output_dim
+        self.tower = MllamaEncoder(config)
+
+    def preprocess(self, pictures: Sequence[Picture]) -> Tiles:
+        """Pictures → their tiles."""
+        size, most = self.config.image_size, self.config.max_tiles
+        if not pictures:
+            return Tiles(torch.zeros(0, 3, size, size), (), ())
+        tiled = [tile_image(decode(picture), size, most) for picture in pictures]
+        pixels = torch.cat([pixels for pixels, _, _ in tiled])
+        return Tiles(pixels, tuple(len(p) for p, _, _ in tiled), tuple(ratio for _, _, ratio in tiled))
+
+    def encode(self, inputs: Tiles) -> Features:
+        """Tiles → features of all of them, tile by tile, each tile's class token first."""
+        check_tiles(inputs, self.config)
+        weight = self.tower.class_embedding
+        values = self.tower(replace(inputs, pixels=inputs.pixels.to(weight.device, weight.dtype)))
+        counts = tuple(count * self.config.n_positions for count in inputs.counts)
+        return Features(values.flatten(0, 1), counts)
+
+    def view(self, width: int, height: int) -> View:
+        """Tiles side by side, the picture in the top left."""
+        return mllama_view(self.config, width, height)
+
+
+def mllama_view(config: MllamaConfig, width: int, height: int) -> View:
+    """Where the patches of all tiles lie over a picture of `width` x `height` pixels; class tokens do not."""
+    grid = choose_grid(width, height, config.image_size, config.max_tiles)
+    edge = config.image_size // config.patch_size
+    fitted = fitted_size(width, height, config.image_size, grid)
+    positions = torch.arange(grid[0] * grid[1] * config.n_positions).view(*grid, config.n_positions)
+    patches = positions[..., 1:].unflatten(-1, (edge, edge))  # rows and columns of tiles, then of patches
+    index = patches.transpose(1, 2).reshape(grid[0] * edge, grid[1] * edge)
+    right = grid[1] * config.image_size * width / fitted[0]
+    return View(index, (0.0, 0.0, right, grid[0] * config.image_size * height / fitted[1]))

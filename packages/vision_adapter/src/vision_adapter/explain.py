@@ -20,7 +20,7 @@ from core_llm.chat import Image, Message, Text
 from core_llm.errors import UserError
 from core_llm.sampling import Sampling
 from vision_adapter.cross_attention import CrossAttentionBlock
-from vision_adapter.encoders import ImageEncoder, View, nano_view
+from vision_adapter.encoders import ImageEncoder, View, mllama_view, nano_view
 from vision_adapter.images import Picture, decode
 
 
@@ -165,10 +165,13 @@ def view(adapter: nn.Module, width: int, height: int) -> View:
     Raises `UserError` for an adapter whose positions have no known place.
     """
     from vision_adapter.adapter import VisionAdapter
+    from vision_adapter.mllama_adapter import MllamaAdapter
 
     encoder = getattr(adapter, "encoder", None)
     if isinstance(encoder, ImageEncoder):
         return encoder.view(width, height)
     if isinstance(adapter, VisionAdapter):
         return nano_view(adapter.config, width, height)
+    if isinstance(adapter, MllamaAdapter):
+        return mllama_view(adapter.config, width, height)
     raise UserError(f"{type(adapter).__name__}: it is not known where its image positions lie")
