@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from core_llm.adapters import Assistant
 from core_llm.chat import Message, render
 from core_llm.config import LlamaConfig
+from core_llm.errors import UserError
 from core_llm.generate import hidden_states
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
@@ -167,13 +168,16 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
 def at_resolution(adapter: VisionAdapter, core: LlamaConfig, image_size: int) -> VisionAdapter:
     """The same adapter for pictures of another size in pixels: all weights kept, positions resized.
 
-    Raises `CheckpointError` for a size that the encoder's stride does not divide.
+    Raises `CheckpointError` for a size that the encoder's stride does not divide, `UserError` for an encoder
+    whose positions are not a square of its own.
     """
     if image_size in (0, adapter.config.image_size):
         return adapter
     config = replace(adapter.config, image_size=image_size)
     resized = VisionAdapter(config, core)
     state = dict(adapter.state_dict())
+    if "encoder.positions" not in state:
+        raise UserError("this encoder works at its own resolution alone: leave --image-size out")
     side = round(config.n_patches**0.5)
     state["encoder.positions"] = resize_positions(state["encoder.positions"], side)
     resized.load_state_dict(state)
