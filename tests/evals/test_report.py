@@ -20,7 +20,9 @@ from evals.tasks import Options, find
 @pytest.fixture
 def written(fake: Any, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with results.json and a report of three tasks, answered by the stand-in."""
-    monkeypatch.setattr(run, "Subject", lambda name: fake(lambda m: "yes", lambda m: len(m[-1].text) / 40))
+    monkeypatch.setattr(
+        run, "Subject", lambda name, quantization: fake(lambda m: "yes", lambda m: len(m[-1].text) / 40)
+    )
     tasks = find(["easy-vqa", "fsdd", "guard-diasafety"])
     run.run_tasks(
         tasks, "nano", Options(data_root, "all"), tmp_path / "records", tmp_path / "results.json", tmp_path
@@ -76,7 +78,7 @@ def test_unwritable_output_is_refused_before_any_work(
     fake: Any, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = fake()
-    monkeypatch.setattr(run, "Subject", lambda name: subject)
+    monkeypatch.setattr(run, "Subject", lambda name, quantization: subject)
     (tmp_path / "file").write_text("")
     for bad in (tmp_path, tmp_path / "file" / "results.json"):
         with pytest.raises(UserError):
