@@ -25,7 +25,7 @@ _EXAMPLE_SCENES = (
 
 
 def build(assistant: "Assistant", guard: "Guard | None") -> "gr.Blocks":
-    """The app with its four tabs; what the model lacks is said where it would stand."""
+    """The app with its five tabs; what the model lacks is said where it would stand."""
     import gradio as gr
 
     with gr.Blocks(title="llama-herd", analytics_enabled=False) as app:
@@ -36,6 +36,8 @@ def build(assistant: "Assistant", guard: "Guard | None") -> "gr.Blocks":
             )
         with gr.Tab("Chat", id="chat"):
             _chat_tab(gr, assistant, guard)
+        with gr.Tab("Attention", id="attention"):
+            _attention_tab(gr, assistant)
         with gr.Tab("Transcription", id="transcription"):
             _transcription_tab(gr, assistant)
         with gr.Tab("Moderation", id="moderation"):
@@ -167,6 +169,36 @@ def _chat_examples() -> list[dict[str, Any]]:
     first = str(_example_folder() / "scene-0.png")
     examples.append({"text": "", "files": [first, str(CLIPS / clip["file"])]})
     return examples
+
+
+def _attention_tab(gr: Any, assistant: "Assistant") -> None:
+    """Ask about a picture and see where each token of the answer looked."""
+    if not _has(assistant, Image):
+        gr.Markdown("This model has no vision adapter.")
+        return
+    with gr.Row():
+        with gr.Column(scale=1):
+            picture = gr.Image(
+                type="filepath", sources=["upload"], label="Picture", elem_id="attention-picture"
+            )
+            question = gr.Textbox(label="Question", elem_id="attention-question")
+            button = gr.Button("show", variant="primary", elem_id="attention-show")
+        with gr.Column(scale=2):
+            sheet = gr.Image(label="Where the answer looked", elem_id="attention-sheet", interactive=False)
+    examples = [[e["files"][0], e["text"]] for e in _chat_examples() if e["text"]]
+    gr.Examples(examples, [picture, question])
+
+    def show(path: str | None, asked: str) -> Any:
+        if not path:
+            gr.Warning("choose a picture first")
+            return None
+        try:
+            return conversation.attention(assistant, path, asked)
+        except UserError as error:
+            gr.Warning(str(error))
+            return None
+
+    gr.on([button.click, question.submit], show, [picture, question], [sheet])
 
 
 def _transcription_tab(gr: Any, assistant: "Assistant") -> None:

@@ -9,6 +9,8 @@ from core_llm.chat import Audio, Image, Message, Part, Text
 from core_llm.errors import MediaError, UserError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
     from core_llm.adapters import Assistant
     from guard import Guard, Verdict
 
@@ -100,3 +102,14 @@ def transcribe(assistant: "Assistant", path: str) -> str:
 
     message = Message("user", (Text(REPEAT_PROMPT), Audio(path)))
     return assistant.generate([[message]], Sampling(max_new_tokens=64))[0]
+
+
+def attention(assistant: "Assistant", path: str, question: str) -> "PILImage":
+    """Question and answer with the picture under the attention of every token of the answer.
+
+    Raises `UserError` for an empty question, or a model that does not read pictures by cross-attention.
+    """
+    from vision_adapter.explain import explain
+    from vision_adapter.overlay import draw
+
+    return draw(explain(assistant, path, question))

@@ -153,4 +153,20 @@ def test_scorecard_shows_own_runs_before_committed_ones(tmp_path: Path) -> None:
 def test_app_builds_for_a_model_that_has_only_a_core() -> None:
     built = app.build(Says("x"), None)
     labels = [block.label for block in built.blocks.values() if type(block).__name__ == "Tab"]
-    assert labels == ["Chat", "Transcription", "Moderation", "Scorecard"]
+    assert labels == ["Chat", "Attention", "Transcription", "Moderation", "Scorecard"]
+
+
+def test_attention_is_drawn_for_a_picture_and_mistakes_are_said(tmp_path: Path) -> None:
+    from core_llm.checkpoint import load_core
+    from evals.tasks.vision import bundled_scene
+    from vision_adapter.adapter import load
+
+    core, tokenizer = load_core("nano")
+    assistant = Assistant(core, tokenizer, [load("nano", core)])
+    path = tmp_path / "scene.png"
+    bundled_scene(0)[1].save(path)
+    sheet = conversation.attention(assistant, str(path), "what color is the shape?")
+    assert sheet.mode == "RGB" and sheet.width > sheet.height
+    for model, asked in ((assistant, " "), (Assistant(core, tokenizer), "what?")):
+        with pytest.raises(UserError):
+            conversation.attention(model, str(path), asked)

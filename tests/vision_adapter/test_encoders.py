@@ -20,7 +20,7 @@ from core_llm.model import Llama
 from core_llm.testing import tiny_core
 from core_llm.tokenizer import Tokenizer
 from vision_adapter.encoders import ImageEncoder
-from vision_adapter.explain import attention_weights, explain
+from vision_adapter.explain import attention_weights, explain, view
 from vision_adapter.fusion import FusionAdapter, FusionConfig, Trainable, choose_trainable, load_fusion
 from vision_adapter.mllama_adapter import MllamaAdapter
 from vision_adapter.mllama_config import MllamaConfig
@@ -193,6 +193,8 @@ def test_released_encoder_behind_the_protocol_equals_the_released_adapter(
     theirs.cross_attention = adapter.cross_attention
     theirs.token_rows.data[:1] = adapter.token_rows.data
     conversation = ask(picture(4, (100, 30)), "and ", picture(5), "what?")
+    found, wanted = view(adapter, 100, 30), view(theirs, 100, 30)
+    assert torch.equal(found.index, wanted.index) and found.box == wanted.box
     expected = Assistant(core, tokenizer, [theirs]).logits([conversation])[0]
     assert torch.equal(Assistant(core, tokenizer, [adapter]).logits([conversation])[0], expected)
 
