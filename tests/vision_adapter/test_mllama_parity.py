@@ -194,7 +194,7 @@ def test_pictures_of_all_grids_encoded_together_equal_one_by_one(family: Family)
     together = family.adapter.encoder(given).split(given.counts)
     for i, pixels in enumerate(given.pixels.split(given.counts)):
         alone = family.adapter.encoder(Tiles(pixels, given.counts[i : i + 1], given.ratios[i : i + 1]))
-        assert difference(alone, together[i]) < 1e-5
+        assert difference(alone, together[i]) < 1e-4  # sums in another order
 
 
 def test_captured_inputs_are_the_outputs_of_the_layers_before(family: Family) -> None:
