@@ -184,7 +184,12 @@ def _attention_tab(gr: Any, assistant: "Assistant") -> None:
             question = gr.Textbox(label="Question", elem_id="attention-question")
             button = gr.Button("show", variant="primary", elem_id="attention-show")
         with gr.Column(scale=2):
-            sheet = gr.Image(label="Where the answer looked", elem_id="attention-sheet", interactive=False)
+            sheet = gr.Image(
+                label="Where the answer looked",
+                show_label=False,
+                elem_id="attention-sheet",
+                interactive=False,
+            )
     examples = [[e["files"][0], e["text"]] for e in _chat_examples() if e["text"]]
     gr.Examples(examples, [picture, question])
 
