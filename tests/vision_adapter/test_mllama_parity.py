@@ -4,6 +4,7 @@ Where transformers shows a picture to text that may not see it, ours follows the
 stops the leak makes both equal again. Axes: B batch, T text positions, V vocabulary, K tiles per picture.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -190,11 +191,14 @@ def test_encoder_equals_transformers_for_every_tile_grid(family: Family, ratio: 
 
 
 def test_pictures_of_all_grids_encoded_together_equal_one_by_one(family: Family) -> None:
-    given = some_tiles([6, 1, 8, 3, 5, 2, 7, 4])
-    together = family.adapter.encoder(given).split(given.counts)
+    # In float64: in fp32 sums in another order differ with the number of threads.
+    encoder = copy.deepcopy(family.adapter.encoder).double()
+    tiles = some_tiles([6, 1, 8, 3, 5, 2, 7, 4])
+    given = replace(tiles, pixels=tiles.pixels.double())
+    together = encoder(given).split(given.counts)
     for i, pixels in enumerate(given.pixels.split(given.counts)):
-        alone = family.adapter.encoder(Tiles(pixels, given.counts[i : i + 1], given.ratios[i : i + 1]))
-        assert difference(alone, together[i]) < 1e-4  # sums in another order
+        alone = encoder(Tiles(pixels, given.counts[i : i + 1], given.ratios[i : i + 1]))
+        assert difference(alone, together[i]) < 1e-10
 
 
 def test_captured_inputs_are_the_outputs_of_the_layers_before(family: Family) -> None:
