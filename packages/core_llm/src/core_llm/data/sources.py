@@ -9,41 +9,17 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from core_llm.data.rows import Row, Source, declared_split
+from core_llm.data.speech import SPEECH
 from core_llm.errors import DataError
 
+__all__ = ["SOURCES", "SPLITS", "Row", "Source", "load", "split_of"]
+
 SPLITS = ("train", "dev", "all")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example. `group` ties rows together that must stay in one split."""
-
-    id: str
-    group: str
-    fields: dict[str, Any]
-    split: str | None = None  # set where the dataset itself says so
-
-
-@dataclass(frozen=True)
-class Source:
-    """A dataset: where it comes from and how its rows are read.
-
-    hub is (repository, configuration or None), or None where no hub copy is known; dev_fraction is the
-    share of groups that the hash puts into "dev".
-    """
-
-    name: str
-    title: str
-    licence: str
-    homepage: str
-    hub: tuple[str, str | None] | None
-    dev_fraction: float
-    read_local: Callable[[Path], Iterator[Row]]
-    read_hub: Callable[[Iterable[dict[str, Any]], str], Iterator[Row]]
 
 
 def split_of(name: str, group: str) -> str:
@@ -57,14 +33,24 @@ def load(
 ) -> list[Row]:
     """Rows of a dataset in a fixed order; at most `limit`, spread evenly over the whole.
 
-    Raises `DataError` for an unknown name or split, a missing folder, or a malformed file.
+    name: "fleurs", or "fleurs:de_de" for one part of a dataset in parts; without it, all parts of a local
+    folder, or the hub copy's first one.
+    Raises `DataError` for an unknown name, part or split, a missing folder, or a malformed file.
     """
+    name, _, subset = name.partition(":")
     if name not in SOURCES:
         raise DataError(f"unknown dataset '{name}'; known: {', '.join(SOURCES)}")
+    if subset and SOURCES[name].subset_fields is None:
+        raise DataError(f"{name} has no parts: leave ':{subset}' out")
     if split not in SPLITS:
         raise DataError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
     source = SOURCES[name]
-    rows = _read_local(source, data_root) if data_root is not None else _read_hub(source)
+    rows = _read_local(source, data_root) if data_root is not None else _read_hub(source, subset)
+    if subset:
+        known = sorted({row.fields["subset"] for row in rows})
+        rows = [row for row in rows if row.fields["subset"] == subset]
+        if not rows:
+            raise DataError(f"{name}: holds no part '{subset}'; known here: {', '.join(known)}")
     if split != "all":
         rows = [row for row in rows if (row.split or split_of(name, row.group)) == split]
     if not rows:
@@ -89,7 +75,7 @@ def _read_local(source: Source, data_root: Path) -> list[Row]:
         ) from error
 
 
-def _read_hub(source: Source) -> list[Row]:
+def _read_hub(source: Source, subset: str = "") -> list[Row]:
     if source.hub is None:
         raise DataError(
             f"{source.name}: no hub copy is known; download it from {source.homepage} and pass --data-root"
@@ -97,8 +83,9 @@ def _read_hub(source: Source) -> list[Row]:
     import datasets
 
     repository, configuration = source.hub
+    configuration = subset or configuration
     try:
-        loaded = datasets.load_dataset(repository, configuration)
+        loaded = datasets.load_dataset(repository, configuration, revision=source.revision)
         rows: list[Row] = []
         for split, table in loaded.items():
             for column in ("image", "audio"):
@@ -106,7 +93,10 @@ def _read_hub(source: Source) -> list[Row]:
                     feature = datasets.Image if column == "image" else datasets.Audio
                     table = table.cast_column(column, feature(decode=False))
             rows += source.read_hub(table, str(split))
-        return rows
+        if source.subset_fields is None or configuration is None:
+            return rows
+        shared = source.subset_fields(configuration)
+        return [replace(row, fields=row.fields | shared) for row in rows]
     except Exception as error:  # the library raises many kinds; all mean that the hub copy is out of reach
         raise DataError(
             f"{source.name}: cannot read {repository} from the hub ({type(error).__name__}); "
@@ -128,11 +118,6 @@ def _numbered(
         yield Row(f"{prefix}-{i}", group, fields, split)
 
 
-def _declared(stem: str) -> str | None:
-    """A split that the file name states; test and validation files are never trained on."""
-    return {"train": "train", "dev": "dev", "validation": "dev", "val": "dev", "test": "dev"}.get(stem)
-
-
 def _easy_vqa_local(folder: Path) -> Iterator[Row]:
     for i, (question, answer, image) in enumerate(json.loads((folder / "questions.json").read_text())):
         fields = {"question": question, "answer": answer, "image": folder / "images" / f"{image}.png"}
@@ -144,32 +129,7 @@ def _easy_vqa_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
         image = row["image"]["bytes"]
         fields = {"question": row["question"], "answer": row["answer"], "image": image}
         group = str(row.get("image_id", hashlib.sha256(image).hexdigest()[:16]))
-        yield Row(f"easy_vqa-{split}-{i}", f"{split}-{group}", fields, _declared(split))
-
-
-_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-
-def _fsdd_row(identity: str, digit: int, speaker: str, audio: Path | bytes, split: str | None = None) -> Row:
-    fields = {"text": _DIGITS[digit], "digit": digit, "speaker": speaker, "audio": audio}
-    return Row(f"fsdd-{identity}", speaker, fields, split)
-
-
-def _fsdd_local(folder: Path) -> Iterator[Row]:
-    for path in sorted(folder.rglob("*.wav")):
-        digit, speaker, _ = path.stem.split("_")
-        yield _fsdd_row(path.stem, int(digit), speaker, path)
-
-
-def _fsdd_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
-    for i, row in enumerate(rows):
-        stem = Path(row["audio"]["path"] or "").stem
-        parts = stem.split("_")
-        if len(parts) == 3 and parts[0].isdigit():
-            yield _fsdd_row(stem, int(parts[0]), parts[1], row["audio"]["bytes"])
-        else:  # a copy without the original file names knows no speakers: its own split must do
-            audio = row["audio"]["bytes"]
-            yield _fsdd_row(f"{split}-{i}", int(row["label"]), f"{split}-unknown", audio, _declared(split))
+        yield Row(f"easy_vqa-{split}-{i}", f"{split}-{group}", fields, declared_split(split))
 
 
 def _diasafety_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -189,7 +149,7 @@ def _diasafety_local(folder: Path) -> Iterator[Row]:
         raise FileNotFoundError("no .jsonl file")
     for path in files:
         rows = map(_diasafety_fields, _jsonl(path))
-        yield from _numbered(f"diasafety-{path.stem}", rows, _declared(path.stem))
+        yield from _numbered(f"diasafety-{path.stem}", rows, declared_split(path.stem))
 
 
 def _diasafety_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
@@ -252,7 +212,7 @@ def _from_csv(name: str, file: str, fields: Fields) -> Callable[[Path], Iterator
 
 def _from_hub(name: str, fields: Fields) -> Callable[[Iterable[dict[str, Any]], str], Iterator[Row]]:
     def read(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
-        yield from _numbered(f"{name}-{split}", map(fields, rows), _declared(split))
+        yield from _numbered(f"{name}-{split}", map(fields, rows), declared_split(split))
 
     return read
 
@@ -264,7 +224,7 @@ def _frr_local(folder: Path) -> Iterator[Row]:
 def _gsm8k_local(folder: Path) -> Iterator[Row]:
     for stem in ("train", "test"):
         rows = map(_gsm8k_fields, _jsonl(folder / f"{stem}.jsonl"))
-        yield from _numbered(f"gsm8k-{stem}", rows, _declared(stem))
+        yield from _numbered(f"gsm8k-{stem}", rows, declared_split(stem))
 
 
 # Pictures of COCO stand in `train2017/`, `val2017/`, ... beside the annotations, under their own names.
@@ -285,7 +245,7 @@ def _coco_captions_local(folder: Path) -> Iterator[Row]:
         names = {image["id"]: image["file_name"] for image in annotations["images"]}
         for entry in annotations["annotations"]:
             name = names[entry["image_id"]]
-            image, split = folder / part / name, _declared(part.rstrip("0123456789"))
+            image, split = folder / part / name, declared_split(part.rstrip("0123456789"))
             yield _coco_row(str(entry["id"]), image, name, entry["caption"], split)
 
 
@@ -293,7 +253,7 @@ def _coco_captions_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[R
     for i, row in enumerate(rows):
         name = str(row.get("file_name") or f"{split}-{i}")
         for n, caption in enumerate(row["answer"] or []):
-            yield _coco_row(f"{split}-{i}-{n}", row["image"]["bytes"], name, caption, _declared(split))
+            yield _coco_row(f"{split}-{i}-{n}", row["image"]["bytes"], name, caption, declared_split(split))
 
 
 def _vqav2_row(row: dict[str, Any], answer: str | None, image: Any, split: str | None) -> Row:
@@ -314,7 +274,7 @@ def _vqav2_local(folder: Path) -> Iterator[Row]:
         for question in json.loads(path.read_text(encoding="utf-8"))["questions"]:
             entry = by_id[question["question_id"]] | question
             image = folder / part / f"COCO_{part}_{question['image_id']:012}.jpg"
-            split = _declared(part.rstrip("0123456789"))
+            split = declared_split(part.rstrip("0123456789"))
             yield _vqav2_row(entry, entry["multiple_choice_answer"], image, split)
 
 
@@ -322,7 +282,7 @@ def _vqav2_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
     for row in rows:
         if row.get("multiple_choice_answer"):  # the test parts have no answers
             answer = row["multiple_choice_answer"]
-            yield _vqav2_row(row, answer, row["image"]["bytes"], _declared(split))
+            yield _vqav2_row(row, answer, row["image"]["bytes"], declared_split(split))
 
 
 def _llava_instruct_local(folder: Path) -> Iterator[Row]:
@@ -349,7 +309,7 @@ def _llava_instruct_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[
             (message["role"], "".join(part["text"] or "" for part in message["content"]))
             for message in row["messages"]
         ]
-        yield _llava_row(f"{split}-{i}", f"{split}-{i}", row["images"][0], said, _declared(split))
+        yield _llava_row(f"{split}-{i}", f"{split}-{i}", row["images"][0], said, declared_split(split))
 
 
 def _llava_row(identity: str, group: str, image: Any, said: list[tuple[str, str]], split: str | None) -> Row:
@@ -369,16 +329,6 @@ _ALL = (
         dev_fraction=0.1,
         read_local=_easy_vqa_local,
         read_hub=_easy_vqa_hub,
-    ),
-    Source(
-        name="fsdd",
-        title="Free Spoken Digit Dataset",
-        licence="CC BY-SA 4.0",
-        homepage="https://github.com/Jakobovski/free-spoken-digit-dataset",
-        hub=("mteb/free-spoken-digit-dataset", None),
-        dev_fraction=0.2,
-        read_local=_fsdd_local,
-        read_hub=_fsdd_hub,
     ),
     Source(
         name="diasafety",
@@ -482,4 +432,4 @@ _ALL = (
     ),
 )
 
-SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
+SOURCES: dict[str, Source] = {source.name: source for source in (*_ALL, *SPEECH)}
