@@ -15,6 +15,7 @@ from typing import Any
 from core_llm.data.phrases import DIGITS
 from core_llm.data.rows import Row, Source, declared_split
 
+
 def _fsdd_row(identity: str, digit: int, speaker: str, audio: Path | bytes, split: str | None = None) -> Row:
     fields = {"text": DIGITS[digit], "digit": digit, "speaker": speaker, "audio": audio, "language": "en"}
     return Row(f"fsdd-{identity}", speaker, fields, split)
