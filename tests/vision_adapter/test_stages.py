@@ -16,14 +16,15 @@ from core_llm.errors import CheckpointError, DataError, UserError
 from core_llm.model import Llama
 from core_llm.testing import tiny_core
 from core_llm.tokenizer import Tokenizer
+from core_llm.train.accumulate import accumulated, split
+from core_llm.train.answers import picked
 from core_llm.train.fit import FitConfig, learning_rate
 from vision_adapter import cli
 from vision_adapter.adapter import VisionAdapter, load
 from vision_adapter.config import VisionConfig
 from vision_adapter.cross_attention import CrossAttentionBlock
 from vision_adapter.examples import Example, scene_examples
-from vision_adapter.stages.accumulate import accumulated, split
-from vision_adapter.stages.answers import AnswerTask, at_resolution, picked, resize_positions
+from vision_adapter.stages.answers import AnswerTask, at_resolution, resize_positions
 from vision_adapter.stages.contrastive import ContrastiveTask
 from vision_adapter.stages.dpo import DPOTask, preference_loss
 from vision_adapter.stages.presets import PRESETS, STAGES, StageConfig, preset

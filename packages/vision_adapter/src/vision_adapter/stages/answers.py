@@ -4,67 +4,23 @@ The three differ in data, resolution and learning rate, not in what is computed.
 Axes: B conversations, N answer tokens, S patches, E encoder width.
 """
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core_llm.adapters import Assistant
-from core_llm.chat import Message, render
 from core_llm.config import LlamaConfig
 from core_llm.errors import UserError
-from core_llm.generate import hidden_states
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
+from core_llm.train.accumulate import accumulated, split
+from core_llm.train.answers import answer_log_probabilities, n_answer_tokens, picked
 from vision_adapter.adapter import VisionAdapter
 from vision_adapter.examples import Example
-from vision_adapter.stages.accumulate import accumulated, split
 from vision_adapter.stages.presets import StageConfig
-
-
-def answer_log_probabilities(
-    assistant: Assistant, conversations: Sequence[Sequence[Message]], last_only: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log p (nats) of what the assistant says [N], those tokens [N], and their rows [N].
-
-    last_only: of the last message alone. Gradients reach the adapters.
-    """
-    request = assistant.prepare(conversations, generation_prompt=False)
-    mask = request.loss_mask
-    if last_only:
-        position = torch.arange(request.width, device=mask.device)
-        mask = mask & (position >= request.answer_starts[:, None])
-    rows, positions = mask[:, 1:].nonzero(as_tuple=True)
-    hidden = hidden_states(assistant.core, request)[rows, positions]
-    tokens = request.targets[rows, positions + 1]
-    chosen = assistant.core.logits(hidden).float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    return chosen, tokens, rows
-
-
-def picked(examples: Sequence[Example], step: int, batch: int, seed: str) -> list[Example]:
-    """The examples of a step: every epoch has each of them once, in an order of its own."""
-    n = len(examples)
-    found: list[Example] = []
-    for index in range(step * batch, (step + 1) * batch):
-        epoch, place = divmod(index, n)
-        found.append(examples[_order(n, f"{seed} {epoch}")[place]])
-    return found
-
-
-_orders: dict[tuple[int, str], list[int]] = {}
-
-
-def _order(n: int, seed: str) -> list[int]:
-    """A permutation; the last two are kept, for a step that spans two epochs."""
-    if (n, seed) not in _orders:
-        while len(_orders) > 1:
-            _orders.pop(next(iter(_orders)))
-        _orders[n, seed] = random.Random(seed).sample(range(n), n)
-    return _orders[n, seed]
 
 
 def adapter_groups(adapter: nn.Module, config: StageConfig) -> list[dict[str, Any]]:
@@ -125,16 +81,9 @@ class AnswerTask:
         Micro-batches are weighted by their tokens: the mean of their means would favour short answers.
         """
         micro_batches = [[e.conversation() for e in part] for part in split(batch, self.config.micro_batch)]
-        total = sum(self._n_targets(part) for part in micro_batches)
+        total = sum(n_answer_tokens(self.assistant, part) for part in micro_batches)
         losses = (-answer_log_probabilities(self.assistant, part)[0].sum() / total for part in micro_batches)
         return accumulated(losses, self.parameters()), self.adapter.gates()
-
-    def _n_targets(self, conversations: Sequence[Sequence[Message]]) -> int:
-        chat = self.assistant.chat
-        return sum(
-            sum(render(messages, self.assistant.tokenizer, False, chat).loss_mask)
-            for messages in conversations
-        )
 
     def evaluate(self) -> dict[str, float]:
         """Loss on held-out examples, and with each text beside the next one's picture."""

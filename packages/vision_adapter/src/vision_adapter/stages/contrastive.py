@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core_llm import processes
 from core_llm.tokenizer import Tokenizer
+from core_llm.train.accumulate import accumulated, split
+from core_llm.train.answers import picked
 from vision_adapter.adapter import VisionAdapter
 from vision_adapter.examples import Example
 from vision_adapter.images import tiles
-from vision_adapter.stages.accumulate import accumulated, split
-from vision_adapter.stages.answers import picked
 from vision_adapter.stages.presets import StageConfig
 
 _FIRST_SCALE, _LAST_SCALE = 1 / 0.07, 100.0  # of the logits (arXiv 2103.00020, section 2.5)
@@ -111,34 +112,51 @@ class ContrastiveTask:
 
         Each picture is told from all captions of the batch, so the micro-batches cannot be taken alone: the
         features of all come first, without a graph, then each micro-batch passes again and receives the
-        gradient of its own features (arXiv 2101.06983).
+        gradient of its own features (arXiv 2101.06983). Under torchrun the features of all processes meet the
+        same way, and the loss is that of the whole batch in each of them.
         """
         parts = [self._inputs(part) for part in split(batch, self.config.micro_batch)]
-        if len(parts) == 1:
+        together = processes.count() > 1 and torch.is_grad_enabled()  # else every process has the same pairs
+        if len(parts) == 1 and not together:
             images, texts = self.towers.images(parts[0][0]), self.towers.texts(parts[0][1])
             return self.clip_loss(images, texts, self.towers.scale()), self._figures(images, texts)
         with torch.no_grad():
             images = torch.cat([self.towers.images(pixels) for pixels, _ in parts])
             texts = torch.cat([self.towers.texts(tokens) for _, tokens in parts])
-        losses = self._pieces(parts, images.requires_grad_(), texts.requires_grad_())
+        n, start = len(images), 0
+        if together:
+            start = sum(processes.gathered(n)[: processes.rank()])
+            images, texts = processes.all_rows(images), processes.all_rows(texts)
+        # `fit` weighs a process by its rows, which is right for means over rows, as this loss is not.
+        factor = len(images) / n
+        losses = self._pieces(parts, images.requires_grad_(), texts.requires_grad_(), start, factor)
         total = accumulated(losses, list(self.towers.parameters()))
         return total, self._figures(images.detach(), texts.detach())
 
     def _pieces(
-        self, parts: Sequence[tuple[Tensor, Tensor]], images: Tensor, texts: Tensor
+        self,
+        parts: Sequence[tuple[Tensor, Tensor]],
+        images: Tensor,
+        texts: Tensor,
+        start: int,
+        factor: float,
     ) -> Iterator[Tensor]:
-        """Scalars whose values sum to the loss and whose gradients sum to its gradient."""
+        """Scalars whose values sum to the loss and whose gradients sum to its gradient.
+
+        images, texts: all vectors [B, D]; those of `parts` begin at row `start`, and their gradients are
+        multiplied by `factor`.
+        """
         loss = self.clip_loss(images, texts, self.towers.scale())
         if not torch.is_grad_enabled():
             yield loss
             return
         by_image, by_text = torch.autograd.grad(loss, (images, texts), retain_graph=True)
         yield loss  # of the parameters only the scale is in its graph
-        start = 0
         for pixels, tokens in parts:
             end = start + len(pixels)
             surrogate = (self.towers.images(pixels) * by_image[start:end]).sum()
             surrogate = surrogate + (self.towers.texts(tokens) * by_text[start:end]).sum()
+            surrogate = factor * surrogate
             yield surrogate - surrogate.detach()  # the value is in `loss` already
             start = end
 

@@ -16,10 +16,11 @@ from core_llm.chat import Message
 from core_llm.errors import DataError
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
+from core_llm.train.accumulate import accumulated, split
+from core_llm.train.answers import answer_log_probabilities, picked
 from vision_adapter.adapter import VisionAdapter
 from vision_adapter.examples import Example
-from vision_adapter.stages.accumulate import accumulated, split
-from vision_adapter.stages.answers import AnswerTask, answer_log_probabilities, picked
+from vision_adapter.stages.answers import AnswerTask
 from vision_adapter.stages.presets import StageConfig
 
 
@@ -87,6 +88,10 @@ class DPOTask(AnswerTask):
         margins = torch.cat([margin for _, margin in found])
         figures = {"margin": margins.mean().item(), "preferred": (margins > 0).float().mean().item()}
         return total, figures | self.adapter.gates()
+
+    def weight(self, batch: Sequence[Example]) -> float:
+        """What the mean of the loss is over: pairs."""
+        return float(len(batch))
 
     def _terms(self, pairs: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """Loss and margin of each pair [B]."""

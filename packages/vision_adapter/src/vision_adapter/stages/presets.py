@@ -10,27 +10,23 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from core_llm.errors import UserError
+from core_llm.train.stages import StageSettings, settings_of
 
 Stage = Literal["contrastive", "pretrain", "anneal", "sft", "dpo"]
 STAGES: tuple[str, ...] = get_args(Stage)
 PARTS = ("encoder", "projector", "token_rows", "cross_attention")  # of the adapter
+CORE_LORA = "core-lora"  # low-rank updates beside the core's weights, which themselves never change
 
 
 @dataclass(frozen=True)
-class StageConfig:
-    """How one stage trains; the schedule is `fit`'s: linear warm-up, then cosine."""
+class StageConfig(StageSettings):
+    """How one stage trains."""
 
-    steps: int
-    batch: int  # examples per step
-    micro_batch: int  # examples per backward pass; gradients are summed in fp32
-    lr: float
-    warmup: int
-    weight_decay: float = 0.01
-    final_lr_fraction: float = 0.0
     image_size: int = 0  # pixels; 0: the adapter's own
     trained: tuple[str, ...] = PARTS
     gate_lr_scale: float = 1.0
     encoder_lr_scale: float = 1.0
+    lora_rank: int = 8  # of the core's updates, where they are trained
     # contrastive
     text_dim: int = 1024
     text_layers: int = 24
@@ -44,10 +40,10 @@ class StageConfig:
     reference_decay: float = 0.99
 
     def __post_init__(self) -> None:
-        unknown = [part for part in self.trained if part not in PARTS]
+        unknown = [part for part in self.trained if part not in (*PARTS, CORE_LORA)]
         if unknown or not self.trained:
             what = f"unknown part '{unknown[0]}'" if unknown else "no part is trained"
-            raise UserError(f"{what}; known: {', '.join(PARTS)}")
+            raise UserError(f"{what}; known: {', '.join((*PARTS, CORE_LORA))}")
         if min(self.steps, self.batch) < 1 or self.micro_batch < 0 or self.lr <= 0:
             raise UserError("steps, batch and lr must be positive, and micro_batch not negative")
 
@@ -92,8 +88,4 @@ PRESETS: dict[str, dict[str, StageConfig]] = {
 
 def preset(name: str, stage: str) -> StageConfig:
     """Settings of a stage; raises `UserError` that lists what there is."""
-    if name not in PRESETS:
-        raise UserError(f"unknown preset '{name}'; known: {', '.join(PRESETS)}")
-    if stage not in STAGES:
-        raise UserError(f"unknown stage '{stage}'; known: {', '.join(STAGES)}")
-    return PRESETS[name][stage]
+    return settings_of(PRESETS, name, stage)

@@ -11,7 +11,7 @@ from core_llm.errors import CheckpointError
 from core_llm.files import WEIGHTS
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
-from core_llm.train.fit import FitConfig, fit
+from core_llm.train.fit import fit
 from vision_adapter.adapter import KIND, NANO, VisionAdapter, load
 from vision_adapter.config import VisionConfig
 from vision_adapter.examples import Example
@@ -39,16 +39,7 @@ def run_stage(
     if stage not in STAGES:
         raise ValueError(f"unknown stage '{stage}'; known: {', '.join(STAGES)}")
     adapter = at_resolution(adapter, core.config, config.image_size)
-    settings = FitConfig(
-        out,
-        config.steps,
-        lr=config.lr,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        final_lr_fraction=config.final_lr_fraction,
-        seed=seed,
-        save_every=min(500, max(1, config.steps // 5)),
-    )
+    settings = config.fit_config(out, seed)
     if stage == "contrastive":
         return adapter, fit(ContrastiveTask(tokenizer, adapter, *data, config, seed), settings)
     task_type = DPOTask if stage == "dpo" else AnswerTask
