@@ -3,17 +3,15 @@
 Decoding is left to who needs the pixels. The same readers serve training and curation.
 """
 
-import csv
-import hashlib
-import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core_llm.chat import Image, Message, Text
 from core_llm.data import sources
+from core_llm.data.tables import entries, held_out
 from core_llm.errors import DataError
 from vision_adapter.images import Picture
 
@@ -67,16 +65,12 @@ def load_examples(where: str, data_root: Path | None = None, split: str = "train
     if where in sources.SOURCES:
         rows = sources.load(where, data_root, split)
         return [_example(row.id, row.fields, f"{where}: {row.id}") for row in rows]
-    folder = Path(where)
-    if folder.is_dir():
-        found = _from_table(folder) if _table(folder) else _from_datasets(folder)
-    elif not folder.exists() and where.count("/") == 1 and not where.startswith((".", "/")):
-        found = _from_hub(where)
-    else:
+    found = entries(where, "image", TABLES)
+    if found is None:
         known = ", ".join((SCENES, *(n for n, s in sources.SOURCES.items() if n in _WITH_PICTURES)))
         raise DataError(f"unknown data '{where}'; known: {known}, a folder, or a hub id such as org/name")
-    everything = list(found)
-    chosen = [each for each in everything if split == "all" or _held_out(each.id) == (split == "dev")]
+    everything = [_example(entry.id, entry.fields, entry.place) for entry in found]
+    chosen = [each for each in everything if split == "all" or held_out(each.id) == (split == "dev")]
     if not everything or (split == "train" and not chosen):
         raise DataError(f"{where}: holds no pictures with text")
     return chosen
@@ -92,69 +86,6 @@ def train_and_held_out(where: str, data_root: Path | None = None) -> tuple[list[
 
 
 _WITH_PICTURES = ("easy_vqa", "coco_captions", "vqav2", "llava_instruct")
-
-
-def _held_out(identity: str) -> bool:
-    """One in twenty, by a hash that never changes."""
-    return hashlib.sha256(identity.encode()).digest()[0] < 13
-
-
-def _table(folder: Path) -> Path | None:
-    return next((folder / name for name in TABLES if (folder / name).is_file()), None)
-
-
-def _from_table(folder: Path) -> Iterator[Example]:
-    path = _table(folder)
-    assert path is not None
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows: Iterable[Mapping[str, Any]]
-            rows = csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
-            for i, row in enumerate(rows):
-                name = row.get("image") or row.get("file_name")
-                if not isinstance(name, str):
-                    raise DataError(f"{path}: row {i + 1} names no picture in 'image' or 'file_name'")
-                identity = str(row.get("id") or f"{i}-{name}")
-                yield _example(identity, {**row, "image": folder / name}, f"{path}: row {i + 1}")
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
-
-
-def _from_datasets(folder: Path) -> Iterator[Example]:
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(folder))
-    except (FileNotFoundError, ValueError, OSError) as error:
-        raise DataError(
-            f"{folder}: holds neither a table ({', '.join(TABLES)}) nor a dataset of save_to_disk"
-        ) from error
-    yield from _rows_of(loaded, str(folder))
-
-
-def _from_hub(name: str) -> Iterator[Example]:
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name)
-    except Exception as error:  # the library raises many kinds; all mean that the hub copy is out of reach
-        raise DataError(
-            f"{name}: no such folder, and not readable from the hub ({type(error).__name__}); "
-            "check the spelling and the network"
-        ) from error
-    yield from _rows_of(loaded, name)
-
-
-def _rows_of(loaded: Any, where: str) -> Iterator[Example]:
-    import datasets
-
-    tables = loaded.items() if isinstance(loaded, datasets.DatasetDict) else [("all", loaded)]
-    for split, table in tables:
-        if "image" not in table.column_names:
-            raise DataError(f"{where}: has no column 'image' (only {', '.join(table.column_names)})")
-        for i, row in enumerate(table.cast_column("image", datasets.Image(decode=False))):
-            image = row["image"]["bytes"] or row["image"]["path"]
-            yield _example(f"{split}-{i}", {**row, "image": image}, f"{where}: row {i} of {split}")
 
 
 def _example(identity: str, row: Mapping[str, Any], place: str) -> Example:
