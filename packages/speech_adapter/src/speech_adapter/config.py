@@ -7,6 +7,10 @@ from typing import Any
 
 from core_llm.errors import CheckpointError
 
+ENCODERS = ("conformer", "whisper")
+# Keys that adapters of the first version lack; every other key has to be in config.json.
+_LATER = frozenset({"encoder", "n_mels"})
+
 
 @dataclass(frozen=True)
 class SpeechConfig:
@@ -16,7 +20,7 @@ class SpeechConfig:
     """
 
     core_dim: int
-    dim: int = 144  # width of the Conformer
+    dim: int = 144  # width of the encoder's layers
     n_layers: int = 4
     n_heads: int = 3
     ffn_dim: int = 384  # each of the two Macaron feed-forwards
@@ -32,12 +36,18 @@ class SpeechConfig:
     range_decades: float = 5.0  # dynamic range of the features below the clip's loudest band
     edge_ms: int = 160  # silence added at both ends, so that the shortest word has room for its tokens
     max_seconds: float = 60.0  # longer clips are refused
+    encoder: str = "conformer"  # or "whisper": openai-whisper's, of dim, n_layers, n_heads and n_mels
+    n_mels: int = 80  # bands of the features; Whisper's large-v3 has 128
 
     def __post_init__(self) -> None:
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"unknown encoder '{self.encoder}'; known: {', '.join(ENCODERS)}")
         if self.dim % self.n_heads or self.adapter_dim % self.adapter_heads:
             raise ValueError("dim must be a multiple of n_heads, adapter_dim of adapter_heads")
         if self.kernel % 2 == 0:
             raise ValueError("kernel must be odd, or the convolution shifts its input")
+        if self.encoder == "whisper" and (self.stack % 2 or 3000 % self.stack):
+            raise ValueError("a Whisper encoder needs an even stack that divides its window of 3000 frames")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json."""
@@ -45,9 +55,12 @@ class SpeechConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config.json") -> SpeechConfig:
-        """Inverse of `to_dict`; CheckpointError names a missing, unknown or impossible value."""
+        """Inverse of `to_dict`; CheckpointError names a missing, unknown or impossible value.
+
+        Keys that came later may be absent: their default is what older adapters were trained with.
+        """
         known = {field.name for field in fields(cls)}
-        unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+        unknown, missing = sorted(set(values) - known), sorted(known - _LATER - set(values))
         if unknown or missing:
             raise CheckpointError(f"{where}: unknown keys {unknown}, missing keys {missing}")
         try:

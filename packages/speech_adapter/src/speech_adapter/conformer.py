@@ -1,15 +1,20 @@
 """A rotary Conformer (arXiv 2005.08100, as sized in arXiv 2407.21783) whose padding cannot leak.
 
+Every layer also runs on blocks of clips with a `Past` (see `chunks`): B is then their number, S their width,
+and rotations begin with the L = look_back frames before a block.
+
 Axes: B clips, F feature frames (10 ms), S encoder frames (40 ms), C width, H heads, D head dim.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core_llm.kernels import Mask, attend
 from core_llm.rope import apply_rotations
+from speech_adapter.chunks import Past
 from speech_adapter.config import SpeechConfig
 
 
@@ -39,14 +44,24 @@ class RotaryAttention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor) -> Tensor:
-        """x [B, S, C], real [B, S] bool → [B, S, C]."""
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor, past: Past | None = None
+    ) -> Tensor:
+        """x [B, S, C], real [B, S] bool, rotations of S or L + S positions → [B, S, C]."""
         b, s, c = x.shape
-        heads = self.qkv(self.norm(x)).view(b, s, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = heads.unbind(0)
-        q, k = apply_rotations(q, *rotation), apply_rotations(k, *rotation)
-        mixed = attend(q, k, v, Mask.keys(real))
+        q, kv = self.qkv(self.norm(x)).split((c, 2 * c), dim=-1)
+        if past is not None:
+            length = past.window.look_back
+            kv = torch.cat((past.before(self, kv, length), kv), dim=1)
+            real = torch.cat((past.exists(length), real), dim=1)
+        k, v = (self._heads(part) for part in kv.chunk(2, dim=-1))
+        cos, sin = rotation
+        q = apply_rotations(self._heads(q), cos[:, :, -s:], sin[:, :, -s:])
+        mixed = attend(q, apply_rotations(k, cos, sin), v, Mask.keys(real))
         return self.dropout(self.out(mixed.transpose(1, 2).reshape(b, s, c)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class Convolution(nn.Module):
@@ -64,13 +79,22 @@ class Convolution(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor, past: Past | None = None) -> Tensor:
         """x [B, S, C], real [B, S] bool → [B, S, C]."""
         gated = F.glu(self.gated(self.norm(x)), dim=-1)
         # Before the convolution: it would carry padding into the last real frames.
         gated = gated.masked_fill(~real[..., None], 0.0)
-        mixed = self.depthwise(gated.transpose(1, 2)).transpose(1, 2)
+        reach = self.depthwise.kernel_size[0] // 2
+        left = None if past is None else past.before(self, gated, reach)
+        mixed = self._convolve(gated, left, reach)
         return self.dropout(self.out(F.silu(self.inner_norm(mixed))))
+
+    def _convolve(self, x: Tensor, left: Tensor | None, reach: int) -> Tensor:
+        if left is None:
+            return self.depthwise(x.transpose(1, 2)).transpose(1, 2)
+        padded = F.pad(torch.cat((left, x), dim=1), (0, 0, 0, reach)).transpose(1, 2)
+        mixed = F.conv1d(padded, self.depthwise.weight, self.depthwise.bias, groups=x.shape[2])
+        return mixed.transpose(1, 2)
 
 
 class ConformerLayer(nn.Module):
@@ -84,11 +108,13 @@ class ConformerLayer(nn.Module):
         self.second = MacaronFeedForward(config.dim, config.ffn_dim, config.dropout)
         self.norm = nn.LayerNorm(config.dim)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor, past: Past | None = None
+    ) -> Tensor:
         """x [B, S, C], real [B, S] bool → [B, S, C]."""
         x = x + 0.5 * self.first(x)
-        x = x + self.attention(x, rotation, real)
-        x = x + self.convolution(x, real)
+        x = x + self.attention(x, rotation, real, past)
+        x = x + self.convolution(x, real, past)
         x = x + 0.5 * self.second(x)
         return self.norm(x)
 
@@ -103,10 +129,12 @@ class Conformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(config.n_layers))
 
-    def forward(self, features: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor) -> Tensor:
-        """features [B, F, 80] with F = S · stack, real [B, S] bool → [B, S, C]."""
+    def forward(
+        self, features: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor, past: Past | None = None
+    ) -> Tensor:
+        """features [B, F, M] with F = S · stack, real [B, S] bool → [B, S, C]."""
         b, f, m = features.shape
         x = self.dropout(self.project(features.reshape(b, f // self.stack, m * self.stack)))
         for layer in self.layers:
-            x = layer(x, rotation, real)
+            x = layer(x, rotation, real, past)
         return x
