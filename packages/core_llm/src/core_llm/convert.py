@@ -50,24 +50,37 @@ def convert_checkpoint(
     source and `UserError` for a target that is not empty.
     """
     folder = find_model(source, NANO)
-    if target.resolve() == folder.resolve():
-        raise UserError(f"{target}: source and target are the same folder; give another target")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UserError(
-            f"{target}: is not empty; give another folder, or --overwrite to replace what is there"
-        )
+    check_target(folder, target, overwrite)
     limit = parse_size(max_shard_size)
     weights = open_weights(folder, rope_factor)
     stored = weights.resolve(dtype)
-    tokenizer = _tokenizer(weights.folder)
+    tokenizer = find_tokenizer(weights.folder)
     copies = n_shards if layout == "original" else 1
     with replacing(target) as temporary, _reader(weights, stored, copies, progress) as (sizes, read):
         if layout == "hf":
             write_hf(temporary, _hf_config(weights, tokenizer, stored), sizes, read, limit)
         else:
             write_original(temporary, _params(weights), weights.config, read, n_shards)
-        _copy_companions(weights.folder, temporary, _HF_COMPANIONS if layout == "hf" else ())
-        _complete_tokenizer(tokenizer, temporary / _TOKENIZER[layout])
+        carry_over(weights.folder, temporary, layout, tokenizer)
+
+
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Raise `UserError` where `target` is `source`, or holds something that is not to be replaced."""
+    if target.resolve() == source.resolve():
+        raise UserError(f"{target}: source and target are the same folder; give another target")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UserError(
+            f"{target}: is not empty; give another folder, or --overwrite to replace what is there"
+        )
+
+
+def carry_over(source: Path, target: Path, layout: Layout, tokenizer: Tokenizer | None) -> None:
+    """Copy what belongs to weights in any layout: licence, tokenizer and, for "hf", generation settings.
+
+    tokenizer: the source's, written in the form that the layout usually has where that file is missing.
+    """
+    _copy_companions(source, target, _HF_COMPANIONS if layout == "hf" else ())
+    _complete_tokenizer(tokenizer, target / _TOKENIZER[layout])
 
 
 @contextmanager
@@ -112,7 +125,8 @@ def _params(weights: StoredWeights) -> dict[str, Any]:
     return weights.params if isinstance(weights, OriginalWeights) else params_from_config(weights.config)
 
 
-def _tokenizer(folder: Path) -> Tokenizer | None:
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a folder, None where it has none."""
     return Tokenizer.load(folder) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
 
 

@@ -123,7 +123,7 @@ class LoRA(nn.Module):
             raise UserError("these updates are merged into the core: unmerge before attaching them")
         if not self._hooks:
             for name, linear in self._linears().items():
-                self._hooks.append(linear.register_forward_hook(_adding(self._update(name))))
+                self._hooks.append(linear.register_forward_hook(_Adding(self._update(name))))
 
     def detach(self) -> None:
         """Give the bare core back; what was merged is taken out again, bit for bit."""
@@ -194,11 +194,20 @@ def _config(values: Mapping[str, Any], folder: str | Path) -> LoRAConfig:
         raise CheckpointError(f"{folder}: not the settings of a LoRA adapter ({error})") from error
 
 
-def _adding(update: LowRank) -> Any:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + update(inputs[0]).to(output.dtype)
+def has_updates(core: Llama) -> bool:
+    """Whether the updates of some LoRA are attached to a core."""
+    hooks = (hook for module in core.modules() for hook in module._forward_hooks.values())
+    return any(isinstance(hook, _Adding) for hook in hooks)
 
-    return hook
+
+@dataclass(frozen=True, eq=False)
+class _Adding:
+    """The hook of a layer."""
+
+    update: LowRank
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + self.update(inputs[0]).to(output.dtype)
 
 
 def _place(root: nn.Module, name: str, module: nn.Module) -> None:

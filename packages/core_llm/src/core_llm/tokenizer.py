@@ -82,7 +82,9 @@ class Tokenizer:
         self.eom_id = n_words + 8
         self.eot_id = n_words + 9
         self.python_tag_id = n_words + 10
-        self.image_id = self._special["<|image|>"]
+        # Like `audio_id` a marker, replaced by an adapter's rows. Hub files of 3.2-Vision number it behind
+        # the 256, where a core without its adapter has no row to look up.
+        self.image_id = min(self._special["<|image|>"], n_words + _ALWAYS["<|image|>"])
         # Llama 3 has no audio token: the last reserved one marks where an audio part stands. It is only a
         # marker in `chat.render`; the core never embeds it, because the speech adapter's vectors replace it.
         self.audio_id = n_words + N_SPECIAL - 1

@@ -8,23 +8,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
 import torch
 from torch import Tensor, nn
 
 from core_llm.adapters import Spans
 from core_llm.chat import Image
-from core_llm.checkpoint import load_adapter, load_strict, save_adapter
+from core_llm.checkpoint import load_adapter, load_strict, read_config
 from core_llm.config import LlamaConfig
-from core_llm.errors import MediaError
+from core_llm.errors import CheckpointError, MediaError
 from core_llm.kernels import Mask
 from core_llm.model import Llama
 from vision_adapter.config import VisionConfig, cross_attention_schedule
 from vision_adapter.cross_attention import CrossAttentionBlock
 from vision_adapter.encoder import Encoder
 from vision_adapter.images import tiles
+from vision_adapter.updates import WithUpdates, load_updates, without_updates
+
+if TYPE_CHECKING:
+    from vision_adapter.mllama_adapter import MllamaAdapter  # and FusionAdapter, which is one
+
+    ImageAdapter = Union["VisionAdapter", MllamaAdapter]
 
 KIND = "vision"
+KINDS = (KIND, "mllama", "fusion")
 NANO = Path(__file__).parent / "nano"
 
 
@@ -80,7 +88,7 @@ class RowMemory:
     filled: Tensor  # bool [B, N]
 
 
-class VisionAdapter(nn.Module):
+class VisionAdapter(WithUpdates):
     """The Adapter for `Image` parts; holds none of the core's parameters."""
 
     part: type = Image
@@ -173,17 +181,51 @@ class VisionAdapter(nn.Module):
 
     def save(self, directory: Path, core: Llama, card: str | None = None) -> None:
         """Write the adapter, with the hash of the core that it was trained on."""
-        save_adapter(directory, KIND, self.config.to_dict(), dict(self.state_dict()), core, card)
+        self.store(Path(directory), KIND, self.config.to_dict(), core, card)
 
 
-def load(where: str | Path, core: Llama) -> VisionAdapter:
-    """The adapter at `where` ("nano" for the bundled one), frozen, in the core's dtype and on its device.
+def load(where: str | Path, core: Llama) -> "ImageAdapter":
+    """The image adapter at `where` ("nano" for the bundled one), of any kind, frozen.
 
-    Raises `CheckpointError` where files are missing or truncated, or the adapter belongs to another core.
+    It has the core's dtype and stands on its device; updates of the core that were trained with it are
+    attached to the core, and kept as `lora`.
+    Raises `CheckpointError` where files are missing or truncated, the kind is unknown, or the adapter belongs
+    to another core.
     """
     directory = NANO if str(where) == "nano" else Path(where)
+    kind = kind_of(directory)
+    if kind == "mllama":
+        from vision_adapter.mllama_checkpoint import load as load_mllama
+
+        return load_mllama(directory, core)
+    if kind == "fusion":
+        from vision_adapter.fusion import load_fusion
+
+        return load_fusion(directory, core)
+    return load_own(directory, core)
+
+
+def kind_of(directory: Path) -> str:
+    """Which kind of image adapter a folder holds; raises `CheckpointError` that lists `KINDS` for others."""
+    values = read_config(directory)
+    kind = values.get("kind")
+    if kind in KINDS:
+        return str(kind)
+    known = f"known kinds: {', '.join(KINDS)}"
+    if kind is None and values.get("model_type") == "mllama":
+        raise CheckpointError(
+            f"{directory}: holds core and adapter in one; split it with `vision-adapter convert {directory} "
+            "--out DIR --layout adapter`"
+        )
+    raise CheckpointError(f"{directory}: holds a {kind or 'core'}, not an image adapter; {known}")
+
+
+def load_own(where: str | Path, core: Llama) -> VisionAdapter:
+    """`load` for the kind "vision" alone; raises `CheckpointError` for the others."""
+    directory = NANO if str(where) == "nano" else Path(where)
     values, tensors = load_adapter(directory, KIND, core)
-    adapter = VisionAdapter(VisionConfig.from_dict(values), core.config)
+    adapter = VisionAdapter(VisionConfig.from_dict(without_updates(values)), core.config)
     load_strict(adapter, tensors, directory)
+    adapter.hold(load_updates(directory, core))
     weight = core.embed_tokens.weight
     return adapter.to(weight.device, weight.dtype).eval().requires_grad_(False)

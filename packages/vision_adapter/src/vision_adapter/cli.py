@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from core_llm import cli_tools
+from vision_adapter import cli_models
 
 
 def train(
@@ -223,7 +224,7 @@ def train_video(
     import torch
 
     from core_llm.checkpoint import load_core
-    from vision_adapter.adapter import load
+    from vision_adapter.adapter import load_own
     from vision_adapter.stages import video as training
     from vision_adapter.video_adapter import VideoAdapter, VideoConfig
 
@@ -235,7 +236,7 @@ def train_video(
     )
     model, tokenizer = load_core(core)
     torch.manual_seed(seed)
-    layers = VideoAdapter(VideoConfig(), model.config, load(adapter, model))
+    layers = VideoAdapter(VideoConfig(), model.config, load_own(adapter, model))
     figures = training.train_video(model, tokenizer, layers, out / "state", seed, recipe)
     layers.save(out, model)
     print(f"video layers saved in {out}")
@@ -266,13 +267,13 @@ def watch(
     from core_llm.checkpoint import load_core
     from core_llm.errors import UserError
     from core_llm.sampling import Sampling
-    from vision_adapter.adapter import load
+    from vision_adapter.adapter import load_own
     from vision_adapter.video_adapter import load_video
 
     if not question.strip():
         raise UserError("the question is empty: ask something about the video")
     model, tokenizer = load_core(core)
-    vision = load(adapter, model)
+    vision = load_own(adapter, model)
     assistant = Assistant(model, tokenizer, [load_video(layers, model, vision), vision])
     conversation = [Message("user", [Video(video), Text(question)])]
     print(assistant.generate([conversation], Sampling(max_new_tokens=max_new_tokens))[0])
@@ -318,11 +319,13 @@ def main() -> None:
     """Entry point of the console script."""
     commands: dict[str, Callable[..., None]] = {
         "train": train,
+        "create": cli_models.create,
         "stage": stage,
         "train-video": train_video,
         "curate": curate,
         "answer": answer,
         "watch": watch,
         "explain": explain,
+        "convert": cli_models.convert,
     }
     cli_tools.run("vision-adapter", "Pictures for a frozen core: train, answer, explain.", commands)

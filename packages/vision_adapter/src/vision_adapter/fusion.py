@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core_llm.chat import Image
-from core_llm.checkpoint import load_adapter, load_strict, save_adapter
+from core_llm.checkpoint import load_adapter, load_strict
 from core_llm.config import LlamaConfig
 from core_llm.errors import CheckpointError
 from core_llm.lora import LoRA, LoRAConfig
@@ -25,6 +25,7 @@ from vision_adapter.mllama_adapter import MllamaAdapter
 from vision_adapter.mllama_config import MllamaConfig
 from vision_adapter.mllama_encoder import Affine
 from vision_adapter.mllama_memory import TileMemory
+from vision_adapter.updates import load_updates, without_updates
 
 KIND = "fusion"
 EncoderKind = Literal["nano", "mllama", "open_clip"]
@@ -135,7 +136,7 @@ class FusionAdapter(MllamaAdapter):
 
     def save(self, directory: Path, core: Llama, card: str | None = None) -> None:
         """Write the adapter, encoder included, in bf16 with the hash of the core that it belongs to."""
-        save_adapter(directory, KIND, asdict(self.fusion_config), dict(self.state_dict()), core, card)
+        self.store(Path(directory), KIND, asdict(self.fusion_config), core, card)
 
 
 def load_fusion(where: str | Path, core: Llama) -> FusionAdapter:
@@ -144,8 +145,10 @@ def load_fusion(where: str | Path, core: Llama) -> FusionAdapter:
     Raises `CheckpointError` where files are missing or truncated, or it belongs to another core.
     """
     values, tensors = load_adapter(Path(where), KIND, core)
-    adapter = FusionAdapter(FusionConfig.from_dict(values), core.config, with_weights=False)
+    config = FusionConfig.from_dict(without_updates(values))
+    adapter = FusionAdapter(config, core.config, with_weights=False)
     load_strict(adapter, tensors, Path(where))
+    adapter.hold(load_updates(Path(where), core))
     weight = core.embed_tokens.weight
     return adapter.to(weight.device, weight.dtype).eval().requires_grad_(False)
 

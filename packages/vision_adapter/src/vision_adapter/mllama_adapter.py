@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from core_llm.adapters import Spans
 from core_llm.chat import Image
-from core_llm.checkpoint import save_adapter
 from core_llm.config import LlamaConfig
 from core_llm.errors import MediaError
 from core_llm.model import Llama
@@ -23,11 +22,12 @@ from vision_adapter.cross_attention import CrossAttentionBlock
 from vision_adapter.mllama_config import MllamaConfig
 from vision_adapter.mllama_encoder import Affine, MllamaEncoder, Tiles, check_tiles
 from vision_adapter.mllama_memory import Plan, TileMemory, plan
+from vision_adapter.updates import WithUpdates
 
 KIND = "mllama"
 
 
-class MllamaAdapter(nn.Module):
+class MllamaAdapter(WithUpdates):
     """The Adapter for `Image` parts with the released architecture; holds none of the core's parameters.
 
     Source: arXiv 2407.21783, section 7, and the released Llama 3.2-Vision.
@@ -118,7 +118,7 @@ class MllamaAdapter(nn.Module):
 
     def save(self, directory: Path, core: Llama, card: str | None = None) -> None:
         """Write the adapter in bf16, with the hash of the core that it belongs to."""
-        save_adapter(directory, KIND, self.config.to_dict(), dict(self.state_dict()), core, card)
+        self.store(Path(directory), KIND, self.config.to_dict(), core, card)
 
 
 def _look(hidden: Tensor, block: CrossAttentionBlock, planned: Plan, keys: Tensor, values: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from vision_adapter.mllama_keys import (
     original_shape,
     to_stored,
 )
+from vision_adapter.updates import load_updates, without_updates
 
 Layout = Literal["hf", "original"]
 Read = Callable[[str], Tensor]
@@ -141,8 +142,11 @@ class FusedOriginal(OriginalWeights):
                 fits = fits and self._merged_shape(pieces, entry.axis) == shape
             if not fits:
                 shapes = " + ".join(str(tuple(part.shape)) for part in parts)
+                hint = ""
+                if entry.axis is not None and sum(p.shape[entry.axis] for p in parts) < shape[entry.axis]:
+                    hint = f"; if a file is missing behind {self._files[-1].name}, fetch it"
                 raise CheckpointError(
-                    f"{self._files[0]}: {entry.original} has shape {shapes}, the model needs {shape}"
+                    f"{self._files[0]}: {entry.original} has shape {shapes}, the model needs {shape}{hint}"
                 )
         first = self._kept[0]
         self.dtypes = {name: first[entry.original].dtype for name, entry in self.entries.items()}
@@ -180,7 +184,19 @@ def open_fused(folder: Path, rope_factor: float | None = None) -> FusedHF | Fuse
     `rope_factor` as in `core_llm.checkpoint.load_core`.
     """
     if (folder / CONFIG).is_file() and any(folder.glob("*.safetensors")):
+        others = [
+            path.name for path in (folder / PARAMS, *folder.glob("consolidated.*.pth")) if path.exists()
+        ]
+        if others:
+            raise CheckpointError(
+                f"{folder}: holds both layouts side by side ({CONFIG} and {others[0]}); "
+                "keep one of them here, or the original one in a sub-folder original/"
+            )
         return FusedHF(folder)
+    if (folder / PARAMS).is_file() and (folder / CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder}: {CONFIG} is of one layout and {PARAMS} of the other; remove the one without weights"
+        )
     for candidate in (folder, folder / "original"):
         if (candidate / PARAMS).is_file():
             return FusedOriginal(candidate, rope_factor)
@@ -222,7 +238,7 @@ def load(folder: Path, core: Llama) -> MllamaAdapter:
     """
     from safetensors import SafetensorError, safe_open
 
-    values = read_adapter_config(folder, KIND, core)
+    values = without_updates(read_adapter_config(folder, KIND, core))
     config, path, weight = MllamaConfig.from_dict(values), folder / WEIGHTS, core.embed_tokens.weight
     try:
         handle = safe_open(path, framework="pt", backend="mmap")
@@ -240,7 +256,11 @@ def load(folder: Path, core: Llama) -> MllamaAdapter:
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise CheckpointError(f"{path}: {name} has shape {shapes[name]}, the model needs {shape}")
-    return _filled(config, core.config, lambda name: handle.get_tensor(name).to(weight.device, weight.dtype))
+    adapter = _filled(
+        config, core.config, lambda name: handle.get_tensor(name).to(weight.device, weight.dtype)
+    )
+    adapter.hold(load_updates(Path(folder), core))
+    return adapter
 
 
 def reader(core: Llama, adapter: MllamaAdapter, dtype: torch.dtype) -> Read:
@@ -274,10 +294,12 @@ def write_fused(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: str = "5GB",
     n_shards: int = 1,
+    add: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a fused checkpoint from tensors `read` by our names, one file in memory at a time.
 
-    `max_shard_size` applies to the layout "hf", `n_shards` to "original". Raises `CheckpointError` for what
+    `max_shard_size` applies to the layout "hf", `n_shards` to "original". add: writes further files into the
+    folder before it appears. Raises `CheckpointError` for what
     the original layout cannot express.
     """
     core = replace(core, tied_embeddings=False)
@@ -290,6 +312,8 @@ def write_fused(
             params = mllama_config.to_params(config, core)
             _write_original(temporary, table, read, config, core, n_shards)
             write_json(temporary / PARAMS, params)
+        if add is not None:
+            add(temporary)
 
 
 def _write_hf(folder: Path, table: Mapping[str, Entry], read: Read, dtype: torch.dtype, limit: int) -> None:
