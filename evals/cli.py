@@ -26,7 +26,8 @@ def run(
 
     Args:
         tasks: Names of tasks; `evals list` shows them.
-        model: nano, or a folder with core/, vision_adapter/, speech_adapter/ and guard/.
+        model: nano, or a folder with core/, vision_adapter/, speech_adapter/ and guard/; whisper:NAME or
+            whisper:PATH.pt is openai-whisper, for tasks that transcribe speech.
         data_root: Folder with local copies of the datasets; without it they come from the hub.
         split: Which rows: dev is a fixed part that no trainer sees, all is every row there.
         limit: Ask at most this many rows per task (a fixed random choice).

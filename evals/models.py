@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from core_llm.chat import Message
 from core_llm.errors import CheckpointError, UserError
@@ -35,7 +35,9 @@ def folders(where: str | Path) -> dict[str, Path]:
     else:
         root = Path(where)
         if not root.is_dir():
-            raise UserError(f"unknown model '{where}'; known models: {', '.join(NAMES)}, or a model's folder")
+            raise UserError(
+                f"unknown model '{where}'; known: {', '.join(NAMES)}, a model's folder, or whisper:NAME"
+            )
         places = {"core": root / "core"} | {kind: root / name for kind, name in PARTS.items()}
     found = {kind: path for kind, path in places.items() if (path / "config.json").exists()}
     if not found:
@@ -50,6 +52,16 @@ def _package_folder(package: str) -> Path:
     spec = find_spec(package)
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent / "nano"
+
+
+def open_subject(where: str | Path, quantization: str | None = None) -> "Subject":
+    """A model under test: the project's own by name or folder, or a peer such as "whisper:tiny.en"."""
+    from evals.peers import WHISPER, WhisperSubject
+
+    if str(where).startswith(WHISPER):
+        # It has what the tasks that it takes call; `require` refuses the others.
+        return cast("Subject", WhisperSubject(str(where), quantization))
+    return Subject(where, quantization)
 
 
 def load_assistant(where: str | Path = "nano") -> "Assistant":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from core_llm.errors import UserError
 from evals import provenance, results, scorecard
-from evals.models import Subject
+from evals.models import open_subject
 from evals.runner import Evaluation, evaluate
 from evals.tasks.base import Options, Task
 
@@ -33,7 +33,7 @@ def run_tasks(
     for path in (output, report / "index.html" if report else None):
         if path is not None:
             results.check_writable(path)
-    subject = Subject(model, quantization)
+    subject = open_subject(model, quantization)
     for task in tasks:
         subject.require(task.needs, task.name)
     shared = provenance.collect(model, subject.part_hashes, options.seed, quantization)

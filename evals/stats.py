@@ -23,6 +23,7 @@ Metric = Callable[[Columns, Floats], Floats]
 RESAMPLES = 5000
 CALIBRATION_BINS = 15
 _SHARES = ("accuracy", "exact_match", "fpr", "f1")  # 0 or 1 where all samples agree
+_SPELLINGS = ("raw", "english")  # of a transcript, beside the one that answers are compared in
 _CHUNK_CELLS = 4_000_000  # 32 MB of float64 weights at a time
 
 
@@ -102,6 +103,11 @@ METRICS: dict[str, Metric] = {
     "exact_match": _ratio("correct"),
     "wer": _ratio("word_errors", "words"),
     "cer": _ratio("character_errors", "characters"),
+    **{f"wer_{spelling}": _ratio(f"word_errors_{spelling}", f"words_{spelling}") for spelling in _SPELLINGS},
+    **{
+        f"cer_{spelling}": _ratio(f"character_errors_{spelling}", f"characters_{spelling}")
+        for spelling in _SPELLINGS
+    },
     "perplexity": perplexity,
     "auprc": average_precision,
     "auroc": area_under_roc,
@@ -109,9 +115,10 @@ METRICS: dict[str, Metric] = {
     "fpr": false_positive_rate,
     "ece": calibration_error,
 }
-LOWER_IS_BETTER = frozenset({"wer", "cer", "perplexity", "fpr", "ece"})
+_ERROR_RATES = frozenset({"wer", "cer", *(f"{rate}_{s}" for rate in ("wer", "cer") for s in _SPELLINGS)})
+LOWER_IS_BETTER = frozenset({"perplexity", "fpr", "ece"}) | _ERROR_RATES
 # Sums over a group are enough for these, so a resample costs G and not N.
-_SUMS = frozenset({"accuracy", "exact_match", "wer", "cer", "perplexity", "f1", "fpr"})
+_SUMS = frozenset({"accuracy", "exact_match", "perplexity", "f1", "fpr"}) | _ERROR_RATES
 
 
 @dataclass(frozen=True)
@@ -250,16 +257,6 @@ def _all_equal(value: float, count: int) -> tuple[float, float]:
     if value == 1.0:
         return 1 - margin, 1.0
     return (0.0, margin) if value == 0.0 else (value, value)
-
-
-def edits(truth: Sequence[str], said: Sequence[str]) -> int:
-    """Levenshtein distance: fewest substitutions, deletions and insertions from `truth` to `said`."""
-    row = list(range(len(said) + 1))
-    for i, wanted in enumerate(truth, start=1):
-        diagonal, row[0] = row[0], i
-        for j, got in enumerate(said, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (wanted != got))
-    return row[-1]
 
 
 def no_evidence(name: str, score: Estimate, control: Estimate) -> bool:

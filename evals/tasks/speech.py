@@ -119,6 +119,8 @@ def _typed(samples: Sequence[Sample], options: Options) -> list[Sample]:
 SHUFFLED_AUDIO = shuffled(Audio, "shuffled audio")
 TYPED = Control("typed question", "reference", ask=_typed)
 
+TRANSCRIPT_METRICS = ("wer", "cer", "accuracy", "wer_raw", "cer_raw", "wer_english", "cer_english")
+
 TASKS = [
     Task(
         name="spoken-digits",
@@ -127,7 +129,7 @@ TASKS = [
         needs=("core", "audio"),
         source="evals/samples (espeak-ng, voices that no trainer uses)",
         licence="the project's own",
-        metrics=("wer", "cer", "accuracy"),
+        metrics=TRANSCRIPT_METRICS,
         ask="generate",
         load=_spoken_digits,
         judge=scoring.transcript,
@@ -143,7 +145,7 @@ TASKS = [
         needs=("core", "audio"),
         source="Free Spoken Digit Dataset (Jakobovski/free-spoken-digit-dataset)",
         licence="CC BY-SA 4.0",
-        metrics=("wer", "cer", "accuracy"),
+        metrics=TRANSCRIPT_METRICS,
         ask="generate",
         load=_fsdd,
         judge=scoring.transcript,

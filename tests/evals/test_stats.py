@@ -1,12 +1,9 @@
-"""Scores against scikit-learn and jiwer, intervals against theory."""
+"""Scores against scikit-learn, intervals against theory."""
 
 import itertools
 
-import jiwer
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from evals import stats
@@ -49,19 +46,6 @@ def test_calibration_error_equals_a_loop_over_bins() -> None:
         if inside.any():
             expected += inside.mean() * abs(label[inside].mean() - score[inside].mean())
     assert stats.calibration_error(columns, np.ones((1, 300)))[0] == pytest.approx(expected)
-
-
-words = st.lists(st.sampled_from(["one", "two", "three", "for", "fore"]), min_size=1, max_size=6)
-
-
-@settings(max_examples=60, deadline=None)
-@given(words, words)
-def test_edit_distance_equals_jiwer(truth: list[str], said: list[str]) -> None:
-    reference, hypothesis = " ".join(truth), " ".join(said)
-    assert stats.edits(truth, said) / len(truth) == pytest.approx(jiwer.wer(reference, hypothesis))
-    assert stats.edits(reference, hypothesis) / len(reference) == pytest.approx(
-        jiwer.cer(reference, hypothesis)
-    )
 
 
 def test_word_error_rate_is_errors_over_words_and_not_a_mean_of_rates() -> None:

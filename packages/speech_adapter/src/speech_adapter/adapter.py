@@ -216,7 +216,7 @@ class SpeechAdapter(nn.Module):
         )
 
     def encode_blocks(self, features: Tensor, real: Tensor, past: Past) -> tuple[Tensor, Tensor]:
-        """Blocks of features [N, W · stack, M], real [N, W] bool → hidden [N, W, E], vectors [N, W/2, C]."""
+        """Features [N, W · stack, M], real [N, W] bool → hidden [N, W, E], vectors [N, W/2, C]"""
         encoder, back = self.chunked_encoder(), past.window.look_back
         head_dim = self.config.dim // self.config.n_heads
         weight = encoder.project.weight
@@ -250,14 +250,15 @@ class SpeechAdapter(nn.Module):
         save_adapter(directory, KIND, self.config.to_dict(), dict(self.state_dict()), core, card)
 
 
-def create(encoder: str, core: Llama, **values: Any) -> SpeechAdapter:
+def create(encoder: str, core: Llama, embeddings: Tensor | None = None, **values: Any) -> SpeechAdapter:
     """A new adapter for a core, to be trained: random but for the weights of a Whisper encoder.
 
     encoder: "conformer", or "whisper:NAME" for openai-whisper's encoder of that name (or .pt file) with its
-    weights; values: keys of `SpeechConfig`. Raises UserError for an unknown encoder or value, and
-    CheckpointError where Whisper's weights cannot be had.
+    weights; embeddings: others than the core's; values: keys of `SpeechConfig`. Raises UserError for an
+    unknown encoder or value, and CheckpointError where Whisper's weights cannot be had.
     """
-    values = {"output_scale": float(core.embed_tokens.weight.std()), **values}
+    embeddings = core.embed_tokens.weight if embeddings is None else embeddings
+    values = {"output_scale": float(embeddings.std()), **values}
     weights = None
     if encoder.startswith(PREFIX):
         whisper = load_whisper(encoder.removeprefix(PREFIX))
@@ -270,7 +271,7 @@ def create(encoder: str, core: Llama, **values: Any) -> SpeechAdapter:
         config = SpeechConfig(core.config.dim, **values)
     except (TypeError, ValueError) as error:
         raise UserError(f"no such speech adapter: {error}") from None
-    adapter = SpeechAdapter(config, core.embed_tokens.weight)
+    adapter = SpeechAdapter(config, embeddings)
     if weights is not None:
         load_strict(adapter.encoder.get_submodule("tower"), weights, encoder)
     return adapter

@@ -122,7 +122,7 @@ def stretch_formants(log_mel: Tensor, rng: np.random.Generator, settings: Augmen
     Unlike `change_speed` it leaves tempo and pitch alone (vocal tract length perturbation, Jaitly and Hinton
     2013, with linear interpolation between bands).
     """
-    hz = band_centres()
+    hz = band_centres(log_mel.shape[2])
     bands = np.arange(len(hz))
     mix = np.zeros((len(log_mel), len(hz), len(hz)), dtype=np.float32)
     for matrix in mix:

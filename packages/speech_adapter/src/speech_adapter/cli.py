@@ -18,6 +18,7 @@ def train(
     steps: int = 1380,
     lr: float = 3e-3,
     seed: int = 0,
+    encoder: str = "conformer",
 ) -> None:
     """Train a speech adapter for a frozen core, on recorded digits and espeak speech.
 
@@ -28,12 +29,14 @@ def train(
         steps: training steps of both stages together.
         lr: peak learning rate of the first stage; the second has half of it.
         seed: of the synthesised texts, the augmentation and the initial weights.
+        encoder: "conformer", or "whisper:NAME" for openai-whisper's pretrained encoder of that name (or .pt
+            file) to begin with.
     """
     if steps < 1 or lr <= 0:
         raise UserError("--steps must be at least 1 and --lr positive")
     from speech_adapter import train as training
 
-    figures = training.train(core, data_root, out, steps, lr, seed)
+    figures = training.train(core, data_root, out, steps, lr, seed, encoder=encoder)
     for name, value in figures.items():
         print(f"{name}: {value:.4f}")
     print(f"adapter: {out}")

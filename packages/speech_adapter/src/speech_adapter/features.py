@@ -34,9 +34,9 @@ def _band_edges(n_mels: int = N_MELS) -> np.ndarray:
     return _to_hz(np.linspace(0.0, top, n_mels + 2))
 
 
-def band_centres() -> np.ndarray:
-    """Centre frequencies of the bands in Hz, [80]."""
-    return _band_edges()[1:-1]
+def band_centres(n_mels: int = N_MELS) -> np.ndarray:
+    """Centre frequencies of the bands in Hz, [M]."""
+    return _band_edges(n_mels)[1:-1]
 
 
 @lru_cache(maxsize=4)

@@ -24,11 +24,10 @@ from core_llm.model import Llama
 from core_llm.sampling import Sampling
 from core_llm.tokenizer import Tokenizer
 from core_llm.train.fit import FitConfig, fit
-from speech_adapter.adapter import SpeechAdapter, SpeechInputs, SpeechMemory
+from speech_adapter.adapter import SpeechAdapter, SpeechInputs, SpeechMemory, create
 from speech_adapter.audio import SAMPLE_RATE
 from speech_adapter.augment import Augmentation, augment, join, mask_features, stretch_formants
 from speech_adapter.card import model_card
-from speech_adapter.config import SpeechConfig
 from speech_adapter.corpus import (
     Corpus,
     Spoken,
@@ -123,7 +122,7 @@ class EncoderTask:
     ) -> None:
         self.adapter, self.tokenizer = adapter, tokenizer
         self.corpus, self.held_out, self.recipe, self.seed = corpus, held_out, recipe, seed
-        self.phonemes = PhonemeHead(adapter.config.dim, corpus.inventory())
+        self.phonemes = PhonemeHead(adapter.encoder.width, corpus.inventory())
         self._pair: tuple[int, list[Example]] | None = None
         self.recorded = [(speaker, clips) for speaker, clips in sorted(corpus.recorded.items())]
 
@@ -293,10 +292,12 @@ def train(
     lr: float,
     seed: int,
     recipe: Recipe | None = None,
+    encoder: str = "conformer",
 ) -> dict[str, float]:
     """Train an adapter for a core and save it under `out`; returns held-out figures.
 
-    Raises UserError when espeak or the dataset is missing, or the core's files are damaged.
+    `encoder` as in `adapter.create`. Raises UserError when espeak or the dataset is missing, or the core's
+    files are damaged.
     """
     recipe = recipe or Recipe()
     core, tokenizer = load_core(core_dir)
@@ -310,13 +311,11 @@ def train(
     listening_steps = round(steps * recipe.listening_fraction)
     torch.manual_seed(seed)
     codes = torch.randn(core.config.vocab_size, core.config.dim)
-    listener = SpeechAdapter(SpeechConfig(core_dim=core.config.dim), codes)
+    listener = create(encoder, core, codes, output_scale=1.0)
     first = EncoderTask(listener, tokenizer, corpus, held_out, recipe, seed)
     fit(first, _fit_config(out, listening_steps, lr, seed))
 
-    embeddings = core.embed_tokens.weight
-    config = SpeechConfig(core_dim=core.config.dim, output_scale=float(embeddings.std()))
-    adapter = SpeechAdapter(config, embeddings)
+    adapter = create(encoder, core)
     core_steps = steps - listening_steps
     align_steps = round(core_steps * recipe.align_fraction)
     task = CoreTask(adapter, core, tokenizer, corpus, held_out, recipe, align_steps, seed + 1)
@@ -326,6 +325,8 @@ def train(
         raise RuntimeError("training changed the frozen core")
     shown = core_dir if core_dir == "nano" else "DIR"  # no path of this machine in a published card
     command = f"speech-adapter train --core {shown} --steps {steps} --lr {lr:g} --seed {seed}"
+    if encoder != "conformer":
+        command += f" --encoder whisper:{Path(encoder.removeprefix('whisper:')).name}"
     adapter.save(out, core, model_card(adapter, figures, command, seed))
     return figures
 
