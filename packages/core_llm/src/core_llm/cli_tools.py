@@ -33,6 +33,7 @@ def run(
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    _join_others()
     try:
         if isinstance(commands, dict):
             tyro.extras.subcommand_cli_from_dict(
@@ -52,6 +53,16 @@ def run(
     except BrokenPipeError:  # `... | head` closed our output: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _join_others() -> None:
+    """Under torchrun: join the other processes; only the one that writes also talks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from core_llm import processes
+
+        processes.start()
+        if not processes.is_writer():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
 def _fail(message: str) -> None:

@@ -61,16 +61,21 @@ def replacing(folder: Path) -> Iterator[Path]:
 
     A new folder appears by one rename. In an existing one every file is replaced by a rename, weights
     that the new checkpoint does not name are removed, and other files stay. When the block fails,
-    `folder` is as it was; when the process is killed, only the hidden neighbour is left over.
+    `folder` is as it was; when the process is killed, only the hidden neighbour is left over. Of several
+    processes under torchrun one writes: what the others give is thrown away.
     """
+    from core_llm import processes  # imports torch, which readers of small files need not wait for
+
     folder = folder.absolute()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a folder to write a checkpoint into")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{processes.rank()}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        if not processes.is_writer():
+            return
         for path in temporary.iterdir():
             path.chmod(0o644)  # safetensors creates its files readable by the owner alone
         if folder.exists():

@@ -77,7 +77,10 @@ def gathered(value: Any) -> list[Any]:
 
 
 def all_rows(rows: Tensor) -> Tensor:
-    """Rows [n, ...] of each process, one behind the other in the order of ranks; n may differ. No gradient."""
+    """Rows [n, ...] of each process, one behind the other in the order of ranks, without gradients.
+
+    n may differ between processes.
+    """
     if count() == 1:
         return rows
     sizes = gathered(len(rows))
@@ -89,7 +92,7 @@ def all_rows(rows: Tensor) -> Tensor:
 
 
 def weighted_means(figures: Mapping[str, float], weight: float) -> dict[str, float]:
-    """The mean of every figure over processes, `weight` being this process's; alone, the figures as they are."""
+    """The mean of every figure over processes, `weight` being this process's."""
     if count() == 1:
         return dict(figures)
     sums: dict[str, float] = {}
@@ -116,7 +119,9 @@ def sum_gradients(parameters: Sequence[Tensor]) -> None:
     """
     if count() == 1:
         return
-    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    has = torch.tensor(
+        [p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device
+    )
     dist.all_reduce(has, op=dist.ReduceOp.MAX)
     bucket: list[Tensor] = []
     size = 0

@@ -141,6 +141,10 @@ class LanguageTask:
         """Mean cross-entropy in nats per token of the prompts."""
         return language_loss(self.core, self.core.hidden(batch.tokens), batch), {}
 
+    def weight(self, batch: Batch) -> float:
+        """What the mean of the loss is over: the tokens of the prompts that are predicted."""
+        return float((batch.n_prompt - 1).sum())
+
     def evaluate(self) -> dict[str, float]:
         """No held-out figure: the verdicts are what counts."""
         return {}

@@ -4,16 +4,21 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 from torch import Tensor, nn
 
+from core_llm import processes
 from core_llm.errors import CheckpointError, UserError
 from core_llm.kernels.steps import multiplies_bf16
+from core_llm.train.shares import weighed
+
+_RANK_SEED = 1_000_003  # between the seeds of two processes
 
 
 class Task(Protocol):
@@ -30,7 +35,10 @@ class Task(Protocol):
         ...
 
     def batch(self, step: int) -> Any:
-        """The batch of a step: a pure function of the step, which makes every resume exact."""
+        """The batch of a step: a pure function of the step, which makes every resume exact.
+
+        Under torchrun it is split over the processes, see `shares`.
+        """
         ...
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
@@ -70,15 +78,19 @@ def learning_rate(step: int, config: FitConfig) -> float:
     return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
 
 
-def fit(task: Task, config: FitConfig) -> dict[str, float]:
+def fit(
+    task: Task, config: FitConfig, evaluated: Callable[[int, dict[str, float]], None] | None = None
+) -> dict[str, float]:
     """Train to the last step and return the final held-out figures.
 
     Writes metrics.jsonl and state.pt under `config.out`; the same call continues an interrupted run
-    from its last saved step with the same result. Raises `UserError` where the loss stops being a number.
+    from its last saved step with the same result. Under torchrun every process trains on its share of each
+    batch (see `shares`), gradients are summed in fp32, and one process writes. `evaluated` is called in every
+    process after each evaluation, with the number of steps done and the figures.
+    Raises `UserError` where the loss stops being a number.
     """
-    from tqdm import tqdm
-
-    torch.manual_seed(config.seed)
+    processes.start()
+    torch.manual_seed(config.seed + _RANK_SEED * processes.rank())  # dropout differs between shares
     config.out.mkdir(parents=True, exist_ok=True)
     optimizer = _optimizer(task, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -87,20 +99,18 @@ def fit(task: Task, config: FitConfig) -> dict[str, float]:
     state_path = config.out / f"{task.name}.state.pt"
     start = _resume(state_path, task, optimizer, config)
     trained = list(task.modules().values())
-    with (
-        open(config.out / f"{task.name}.metrics.jsonl", "a") as log,
-        tqdm(total=config.steps, initial=start, desc=task.name, unit="step", mininterval=2.0) as bar,
-    ):
+    processes.same_everywhere([t for module in trained for t in module.state_dict().values()])
+    with _journal(task, config, start) as (log, bar):
         began = time.monotonic()
         for step in range(start, config.steps):
             _set_training(trained, True)
             rate = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                loss, figures = task.loss(task.batch(step))
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            batch, part = weighed(task, task.batch(step))
+            loss, figures = _backward(task, batch, part, device, autocast)
+            processes.sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
             if not torch.isfinite(norm):
                 raise UserError(
@@ -111,16 +121,43 @@ def fit(task: Task, config: FitConfig) -> dict[str, float]:
             bar.update(1)
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
-                figures = {"loss": loss.item(), **figures, "lr": rate, "grad_norm": norm.item()}
+                figures = processes.weighted_means({"loss": loss.item(), **figures}, part)
+                figures |= {"lr": rate, "grad_norm": norm.item()}
                 bar.set_postfix({k: f"{v:.3g}" for k, v in figures.items()}, refresh=False)
                 _log(log, done, figures, time.monotonic() - began)
             if config.eval_every and done % config.eval_every == 0 and done < config.steps:
-                _log(log, done, _evaluate(task, trained), time.monotonic() - began)
+                _log(log, done, _evaluate(task, trained, done, evaluated), time.monotonic() - began)
             if done % config.save_every == 0 or done == config.steps:
                 _save(state_path, task, optimizer, done, config)
-        final = _evaluate(task, trained)
+        final = _evaluate(task, trained, config.steps, evaluated)
         _log(log, config.steps, final, time.monotonic() - began)
     return final
+
+
+@contextmanager
+def _journal(task: Task, config: FitConfig, start: int) -> Iterator[tuple[TextIO, Any]]:
+    """The file of metrics and the progress bar; in a process that does not write, neither is seen."""
+    from tqdm import tqdm
+
+    writes = processes.is_writer()
+    path = config.out / f"{task.name}.metrics.jsonl" if writes else Path(os.devnull)
+    bar = tqdm(
+        total=config.steps, initial=start, desc=task.name, unit="step", mininterval=2.0, disable=not writes
+    )
+    with open(path, "a") as log, bar:
+        yield log, bar
+
+
+def _backward(
+    task: Task, batch: Any, part: float, device: torch.device, autocast: bool
+) -> tuple[Tensor, dict[str, float]]:
+    """Gradients of the loss times the part that it has in the whole batch's; the loss and the figures."""
+    if not part:  # there is nothing to learn from in these rows
+        return torch.zeros((), device=device), {}
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        loss, figures = task.loss(batch)
+    (loss if part == 1.0 else loss * part).backward()
+    return loss, figures
 
 
 def _optimizer(task: Task, config: FitConfig) -> torch.optim.AdamW:
@@ -142,10 +179,18 @@ def _set_training(modules: list[nn.Module], mode: bool) -> None:
         module.train(mode)
 
 
-def _evaluate(task: Task, trained: list[nn.Module]) -> dict[str, float]:
+def _evaluate(
+    task: Task,
+    trained: list[nn.Module],
+    done: int,
+    evaluated: Callable[[int, dict[str, float]], None] | None,
+) -> dict[str, float]:
     _set_training(trained, False)
     with torch.no_grad():
-        return task.evaluate()
+        figures = task.evaluate()
+    if evaluated is not None:
+        evaluated(done, figures)
+    return figures
 
 
 def _log(file: Any, step: int, figures: Mapping[str, float], seconds: float) -> None:
@@ -155,13 +200,17 @@ def _log(file: Any, step: int, figures: Mapping[str, float], seconds: float) -> 
 
 
 def _save(path: Path, task: Task, optimizer: torch.optim.Optimizer, step: int, config: FitConfig) -> None:
+    # Alone the state of the generator, else one row per process.
+    states = processes.gathered(torch.get_rng_state())
+    if not processes.is_writer():
+        return
     state = {
         "step": step,
         "steps": config.steps,
         "seed": config.seed,
         "modules": {name: module.state_dict() for name, module in task.modules().items()},
         "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
+        "rng": states[0] if len(states) == 1 else torch.stack(states),
     }
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
@@ -181,9 +230,18 @@ def _resume(path: Path, task: Task, optimizer: torch.optim.Optimizer, config: Fi
         for name, module in task.modules().items():
             module.load_state_dict(state["modules"][name])
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
+        _set_generator(state["rng"], int(state["step"]), config)
         return int(state["step"])
     except CheckpointError:
         raise
     except Exception as error:  # a truncated zip, a missing key, other shapes: the remedy is the same
         raise CheckpointError(f"{path}: cannot be resumed ({error}); delete it to start again") from error
+
+
+def _set_generator(saved: Tensor, step: int, config: FitConfig) -> None:
+    """The generator as it was; another number of processes than before goes on with new numbers."""
+    states = saved if saved.dim() == 2 else saved[None]
+    if len(states) == processes.count():
+        torch.set_rng_state(states[processes.rank()].clone())  # a view of a later row crashes torch
+    else:
+        torch.manual_seed(config.seed + _RANK_SEED * processes.rank() + step)

@@ -104,6 +104,10 @@ class NeedleTask:
         right = (wrong == 0).float().mean().item()
         return F.cross_entropy(logits, targets), {"right": right, "length": float(batch.tokens.shape[1])}
 
+    def weight(self, batch: Lookups) -> float:
+        """What the mean of the loss is over: the answers' tokens."""
+        return float(batch.said[:, 1:].sum())
+
     def evaluate(self) -> dict[str, float]:
         """Loss and share of right answers (each told the ones before) on texts of the full length."""
         rng = random.Random("needle held-out")

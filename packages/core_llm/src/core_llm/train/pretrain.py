@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core_llm import processes
 from core_llm.chat import Message, render
 from core_llm.config import LlamaConfig
 from core_llm.data import sources
@@ -138,6 +139,10 @@ class PretrainTask:
         """Weighted cross-entropy, nats per token."""
         return packed_loss(self.model, batch), {}
 
+    def weight(self, batch: Packed) -> float:
+        """What the mean of the loss is over: the weights of the targets."""
+        return batch.weights[:, 1:].sum().item()
+
     def evaluate(self) -> dict[str, float]:
         """Loss on conversations that were not trained on."""
         windows = pack(self.held_out, self.config.width, 64, self.tokenizer.pad_id)
@@ -222,12 +227,13 @@ def pretrain(
 ) -> tuple[Llama, Tokenizer, dict[str, float]]:
     """Train tokenizer and core from scratch; a second call with the same folder resumes."""
     saved = fit_config.out / "tokenizer.json"
-    if saved.exists():
-        tokenizer = Tokenizer.load(saved)
-    else:
-        tokenizer = Tokenizer.train(tokenizer_texts(data_root), config.vocab_size)
-        fit_config.out.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(saved)
+    with processes.writer_first():
+        if saved.exists():
+            tokenizer = Tokenizer.load(saved)
+        else:
+            tokenizer = Tokenizer.train(tokenizer_texts(data_root), config.vocab_size)
+            fit_config.out.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(saved)
     model = Llama(config).initialise(run.seed)
     torch.manual_seed(run.seed)
     figures = fit(PretrainTask(model, tokenizer, run, data_root), fit_config)

@@ -52,7 +52,9 @@ def share(batch: Any, rank: int, count: int) -> Any:
     """
     n = rows(batch)
     if n < count:
-        raise UserError(f"a batch of {n} cannot be split over {count} processes; take fewer, or --batch larger")
+        raise UserError(
+            f"a batch of {n} cannot be split over {count} processes; take fewer, or --batch larger"
+        )
     return _cut(batch, rank * n // count, (rank + 1) * n // count)
 
 

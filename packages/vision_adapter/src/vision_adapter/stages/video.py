@@ -146,6 +146,10 @@ class VideoTask:
         asked = [[*self._asked(features), Message("assistant", way)] for features, way in batch]
         return self.assistant.loss(asked), {}
 
+    def weight(self, batch: list[tuple[Tensor, str]]) -> float:
+        """What the mean of the loss is over: the answers' tokens, each answer closed by one more."""
+        return float(sum(len(self.assistant.tokenizer.encode(way)) + 1 for _, way in batch))
+
     @staticmethod
     def _asked(features: Tensor) -> list[Message]:
         return [Message("user", [Video(features), Text(QUESTION)])]  # type: ignore[arg-type]
