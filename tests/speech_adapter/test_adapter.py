@@ -1,8 +1,12 @@
+from fractions import Fraction
+from math import ceil, floor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from core_llm.adapters import Assistant
 from core_llm.chat import Audio, Message, Text
@@ -12,7 +16,9 @@ from core_llm.model import Llama
 from core_llm.testing import tiny_core
 from core_llm.tokenizer import Tokenizer
 from speech_adapter import SpeechAdapter, SpeechConfig, load
-from speech_adapter.adapter import SpeechInputs, n_tokens
+from speech_adapter.adapter import Projector, SpeechInputs, n_tokens
+from speech_adapter.config import PRESETS
+from speech_adapter.encoders import ConformerEncoder
 from speech_adapter.testing import chirp
 
 Core = tuple[Llama, Tokenizer]
@@ -55,12 +61,48 @@ def test_a_wider_batch_changes_nothing(adapter: SpeechAdapter) -> None:
     torch.testing.assert_close(wide_tokens, narrow_tokens, atol=1e-5, rtol=1e-5)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("samples", [1, 159, 160, 8_000, 16_000, 16_001, 23_456])
-def test_token_count_follows_the_documented_formula(adapter: SpeechAdapter, samples: int) -> None:
+@pytest.fixture(scope="module")
+def one_layer() -> SpeechAdapter:
+    """As small as it gets: its real forward pass is what counts the tokens of a minute."""
+    config = SpeechConfig(
+        64,
+        dim=8,
+        n_layers=1,
+        n_heads=1,
+        ffn_dim=8,
+        adapter_dim=8,
+        adapter_heads=1,
+        adapter_ffn_dim=8,
+        merge=False,
+    )
+    return SpeechAdapter(config, torch.zeros(16, 64)).eval()
+
+
+@settings(max_examples=60, deadline=None)
+@example(1)
+@example(160)
+@example(16_000)
+@example(960_000)
+@given(st.one_of(st.integers(160, 32_000), st.integers(160, 960_000)))
+def test_every_length_from_10_ms_to_60_s_gives_the_documented_number_of_tokens(
+    one_layer: SpeechAdapter, samples: int
+) -> None:
     part = Audio(np.zeros(samples, dtype=np.float32), 16_000)
-    (tokens,) = adapter.place(adapter.encode(adapter.preprocess([part])))
-    assert tokens.shape == (n_tokens(samples, adapter.config), 64)
+    with torch.no_grad():
+        (tokens,) = one_layer.place(one_layer.encode(one_layer.preprocess([part])))
+    seconds = Fraction(samples, 16_000)
+    documented = ceil(Fraction(ceil(Fraction(floor(100 * (seconds + Fraction(32, 100))), 4)), 2)) + 2
+    assert len(tokens) == documented == n_tokens(samples, one_layer.config)
+
+
+def test_the_papers_sizes_are_a_billion_and_a_hundred_million() -> None:
+    config = SpeechConfig(core_dim=4096, **PRESETS["llama-3"])
+    with torch.device("meta"):
+        encoder = ConformerEncoder(config)
+        projector = Projector(config, encoder.width)
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (encoder, projector)]
+    assert sizes[0] == pytest.approx(1.0e9, rel=0.05)
+    assert sizes[1] == pytest.approx(1.0e8, rel=0.12)
 
 
 def test_one_second_is_19_tokens_and_each_further_one_12_or_13() -> None:
@@ -158,6 +200,8 @@ def test_config_refuses_unknown_and_missing_keys() -> None:
     assert SpeechConfig.from_dict(values) == SpeechConfig(core_dim=8)
     with pytest.raises(CheckpointError, match="banana"):
         SpeechConfig.from_dict({**values, "banana": 1})
+    older = {key: value for key, value in values.items() if key not in ("encoder", "n_mels")}
+    assert SpeechConfig.from_dict(older) == SpeechConfig(core_dim=8)
     del values["stack"]
     with pytest.raises(CheckpointError, match="stack"):
         SpeechConfig.from_dict(values)
