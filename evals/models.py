@@ -113,11 +113,17 @@ class Subject:
 
             adapters.append(speech_adapter.load(self._folders["audio"], core))
         if self.quantization:
-            from core_llm.quantize import pack, quantize
+            for lora in _updates(adapters):
+                lora.merge()  # quantised layers take none
+            self._quantize(core)
+        return Assistant(core, tokenizer, adapters)
 
+    def _quantize(self, core: Any) -> None:
+        from core_llm.quantize import pack, quantize
+
+        if self.quantization:
             quantize(core, self.quantization)
             pack(core)
-        return Assistant(core, tokenizer, adapters)
 
     @cached_property
     def guard(self) -> "Guard":
@@ -132,7 +138,13 @@ class Subject:
         """The same core without any adapter."""
         from core_llm.adapters import Assistant
 
-        return Assistant(self.assistant.core, self.assistant.tokenizer)
+        core = self.assistant.core
+        if _updates(self.assistant.adapters):
+            from core_llm.checkpoint import load_core
+
+            core, _ = load_core(self._folders["core"])
+            self._quantize(core)
+        return Assistant(core, self.assistant.tokenizer)
 
     def generate(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> list[str]:
         """Greedy answers."""
@@ -168,11 +180,16 @@ class Subject:
         return {kind: _folder_digest(path) for kind, path in self._folders.items()}
 
 
+def _updates(adapters: Sequence[Any]) -> list[Any]:
+    """Low-rank updates of the core that came with adapters."""
+    return [a.lora for a in adapters if getattr(a, "lora", None) is not None]
+
+
 def _folder_digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         if path.is_file() and path.suffix in (".json", ".safetensors", ".model"):
-            digest.update(path.name.encode())
+            digest.update(path.relative_to(folder).as_posix().encode())
             with path.open("rb") as stream:
                 for block in iter(lambda: stream.read(1 << 20), b""):
                     digest.update(block)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from core_llm.adapters import Spans
 from core_llm.chat import Image
-from core_llm.checkpoint import load_adapter, load_strict, read_config
+from core_llm.checkpoint import load_adapter, load_strict, read_config, read_tensors
 from core_llm.config import LlamaConfig
 from core_llm.errors import CheckpointError, MediaError
+from core_llm.files import WEIGHTS
 from core_llm.kernels import Mask
 from core_llm.model import Llama
 from vision_adapter.config import VisionConfig, cross_attention_schedule
@@ -229,3 +230,30 @@ def load_own(where: str | Path, core: Llama) -> VisionAdapter:
     adapter.hold(load_updates(directory, core))
     weight = core.embed_tokens.weight
     return adapter.to(weight.device, weight.dtype).eval().requires_grad_(False)
+
+
+def load_on_other_core(where: str | Path, core: Llama) -> "ImageAdapter":
+    """An adapter of any kind on a core that it was not trained on, such as the instruct version of its own.
+
+    Raises `CheckpointError` where the shapes do not fit, or low-rank updates of its own core belong to it.
+    """
+    directory = NANO if str(where) == "nano" else Path(where)
+    kind, values = kind_of(directory), read_config(directory)["adapter"]
+    if without_updates(values) != values:
+        raise CheckpointError(
+            f"{directory}: has low-rank updates of the core that it was trained on; it cannot move to another"
+        )
+    adapter: ImageAdapter
+    if kind == "mllama":
+        from vision_adapter.mllama_adapter import MllamaAdapter
+        from vision_adapter.mllama_config import MllamaConfig
+
+        adapter = MllamaAdapter(MllamaConfig.from_dict(values), core.config)
+    elif kind == "fusion":
+        from vision_adapter.fusion import FusionAdapter, FusionConfig
+
+        adapter = FusionAdapter(FusionConfig.from_dict(values), core.config, with_weights=False)
+    else:
+        adapter = VisionAdapter(VisionConfig.from_dict(values), core.config)
+    load_strict(adapter, read_tensors(directory / WEIGHTS), directory)
+    return adapter

@@ -113,6 +113,7 @@ def stage(
     micro_batch: int = 0,
     lr: float = 0.0,
     image_size: int = 0,
+    average_top: int = 0,
     seed: int = 0,
     swap_core: bool = False,
 ) -> None:
@@ -134,29 +135,33 @@ def stage(
         micro_batch: Examples per backward pass; sums are fp32 (0: the preset's).
         lr: Peak learning rate (0: the preset's).
         image_size: Pixels of a tile's side (0: the preset's).
+        average_top: The result of sft is the mean of so many checkpoints, the best on held-out examples.
         seed: Seed of weights and data order.
         swap_core: Put an adapter that was trained on another core on this one, such as its instruct version.
     """
-    from dataclasses import replace
+    from vision_adapter.stages.command import train_stage
 
-    from core_llm.checkpoint import load_core
-    from vision_adapter.examples import train_and_held_out
-    from vision_adapter.stages.presets import preset as settings_of
-    from vision_adapter.stages.run import run_stage, starting_adapter
+    sizes = {"steps": steps, "batch": batch, "micro_batch": micro_batch, "lr": lr, "image_size": image_size}
+    given = {key: value for key, value in {**sizes, "average_top": average_top}.items() if value}
+    train_stage(name, data, out, core, adapter, preset, data_root, given, seed, swap_core)
 
-    given = {"steps": steps, "batch": batch, "micro_batch": micro_batch, "lr": lr, "image_size": image_size}
-    config = replace(settings_of(preset, name), **{key: value for key, value in given.items() if value})  # type: ignore[arg-type]
-    examples, held_out = train_and_held_out(data, data_root)
-    model, tokenizer = load_core(core)
-    start = starting_adapter(adapter, model, swap_core, seed, config.image_size)
-    print(f"{name}: {len(examples)} examples, {len(held_out)} held out", flush=True)
-    trained, figures = run_stage(
-        name, model, tokenizer, start, (examples, held_out), out / "state", config, seed
-    )
-    trained.save(out, model)
-    print(f"adapter saved in {out}")
-    for figure, value in figures.items():
-        print(f"  {figure:24} {value:.4f}")
+
+def average(
+    folders: Annotated[list[Path], tyro.conf.Positional],
+    out: Path,
+) -> None:
+    """Write the mean of several adapters, taken in fp32: of runs that differ in seed or settings.
+
+    They must be of one kind, on one core, and of the same shapes.
+
+    Args:
+        folders: Folders of adapters, two or more.
+        out: Folder of the result.
+    """
+    from vision_adapter.stages.average import average_folders
+
+    average_folders(folders, out)
+    print(f"mean of {len(folders)} adapters saved in {out}")
 
 
 def curate(
@@ -167,6 +172,7 @@ def curate(
     resample: float = 0.0,
     embed: str = "pixels",
     ngram: int = 2,
+    ocr: bool = False,
     data_root: Path | None = None,
     limit: int = 0,
     seed: int = 0,
@@ -183,6 +189,7 @@ def curate(
         resample: Captions an n-gram may have before frequent ones are thinned out by sqrt(T/f) (0: keep all).
         embed: pixels, or an open_clip model and weights such as ViT-B-32:openai.
         ngram: Words of the longest n-gram.
+        ocr: Append the text that is read in a picture to its caption; needs the extra `ocr`.
         data_root: Folder with local copies of the public datasets.
         limit: Read only so many pairs (0: all).
         seed: Seed of the resampling.
@@ -191,7 +198,7 @@ def curate(
     from vision_adapter.curate_run import curate as run
     from vision_adapter.examples import load_examples
 
-    config = CurationConfig(dedup, clip_score, resample, embed, ngram, seed)
+    config = CurationConfig(dedup, clip_score, resample, embed, ngram, seed, ocr)
     examples = load_examples(source, data_root, "all")
     report = run(examples[: limit or None], out, config)
     print(f"kept {report['kept']} of {report['read']} pairs; {out / 'report.json'}")
@@ -199,6 +206,8 @@ def curate(
     assert isinstance(dropped, dict)
     for reason, n in dropped.items():
         print(f"  {reason:16} {n}")
+    if ocr:
+        print(f"text was read in {report['with_text']} pictures")
 
 
 def train_video(
@@ -321,6 +330,7 @@ def main() -> None:
         "train": train,
         "create": cli_models.create,
         "stage": stage,
+        "average": average,
         "train-video": train_video,
         "curate": curate,
         "answer": answer,

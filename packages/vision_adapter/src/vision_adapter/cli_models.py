@@ -57,7 +57,7 @@ def create(
         encoder: open_clip:MODEL[:TAG] (with the tag's weights), mllama, nano, or llama-3.2-vision.
         core: nano, or a folder with a core's checkpoint.
         settings: Of a mllama, nano or llama-3.2-vision encoder, as JSON such as '{"dim": 64, "n_layers": 4}'.
-        cross_layers: Core blocks that a cross-attention block precedes; by default every fourth of a deep one.
+        cross_layers: Core blocks that a cross-attention block precedes; by default every fourth if deep.
         cross_ffn_dim: Width of their feed-forward (0: the core's).
         seed: Seed of the random weights.
         overwrite: Replace the adapter that is there.

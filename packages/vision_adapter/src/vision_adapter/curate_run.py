@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from vision_adapter import curation
 from vision_adapter.embeddings import PIXELS, ClipEmbedder, Embedder, PixelEmbedder, TextEmbedder
 from vision_adapter.examples import Example
 from vision_adapter.images import decode
+from vision_adapter.ocr import OcrReader, RapidOcrReader, with_text
 
 CHUNK = 256  # pairs that are embedded, and saved, together
 
@@ -28,6 +29,7 @@ class CurationConfig:
     dedup: cosine from which two pictures are duplicates. clip_score: least cosine of picture and caption.
     resample: T, captions that an n-gram may have before it is thinned out. embed: "pixels", or an open_clip
     model's name and weights joined by a colon ("ViT-B-32:openai"); also what scores the captions.
+    ocr: append the text that is read in the kept pictures to their captions.
     """
 
     dedup: float = 0.0
@@ -36,6 +38,7 @@ class CurationConfig:
     embed: str = PIXELS
     longest: int = 2  # words of an n-gram
     seed: int = 0
+    ocr: bool = False
 
     def __post_init__(self) -> None:
         if self.clip_score and self.embed == PIXELS:
@@ -68,13 +71,18 @@ class Verdicts:
 
 
 def curate(
-    examples: Sequence[Example], out: Path, config: CurationConfig, model: Embedder | None = None
+    examples: Sequence[Example],
+    out: Path,
+    config: CurationConfig,
+    model: Embedder | None = None,
+    reader: OcrReader | None = None,
 ) -> dict[str, object]:
     """Choose among pairs; write `captions.jsonl`, `dropped.jsonl` and `report.json` under `out`.
 
     The order is the paper's: unreadable pictures, captions that do not fit, near-duplicates, frequent
-    n-grams. The output is itself a folder that training and curation read; pictures that were files stay
-    where they are. The same call continues an interrupted run. model: used instead of `config.embed`.
+    n-grams; last, text is read in the pictures that are kept. The output is itself a folder that training and
+    curation read; pictures that were files stay where they are. The same call continues an interrupted run.
+    model: used instead of `config.embed`. reader: used instead of RapidOCR.
     Raises `DataError` where `out` belongs to a run with other settings or data.
     """
     work = out / ".work"
@@ -93,7 +101,8 @@ def curate(
                 verdicts.drop(n, "duplicate", f"of {examples[alive[first]].id}")
     if config.resample:
         _resample(examples, verdicts, numbers, config)
-    return _write(examples, out, config, verdicts)
+    texts = _read_texts(examples, verdicts.kept(numbers), work, reader) if config.ocr else {}
+    return _write(examples, out, config, verdicts, texts)
 
 
 def _resample(
@@ -182,8 +191,39 @@ def _embed_chunk(part: Sequence[Example], path: Path, model: Embedder, with_scor
     os.replace(temporary, path)
 
 
+def _is_caption(example: Example) -> bool:
+    return len(example.turns) == 1 and not example.turns[0][0]
+
+
+def _read_texts(
+    examples: Sequence[Example], numbers: Sequence[int], work: Path, reader: OcrReader | None
+) -> dict[int, list[str]]:
+    """Lines of text by the number of the pair, chunk by chunk; answers to questions are left as they are."""
+    from tqdm import tqdm
+
+    wanted = [n for n in numbers if _is_caption(examples[n])]
+    found: dict[int, list[str]] = {}
+    with tqdm(total=len(wanted), desc="read", unit="picture", mininterval=2.0) as bar:
+        for start in range(0, len(wanted), CHUNK):
+            part = wanted[start : start + CHUNK]
+            path = work / f"ocr-{start:09}.json"
+            if not path.is_file():
+                reader = reader or RapidOcrReader()
+                lines = [reader.lines(decode(examples[n].image)) for n in part]
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text(json.dumps(lines), encoding="utf-8")
+                os.replace(temporary, path)
+            found |= dict(zip(part, json.loads(path.read_text(encoding="utf-8")), strict=True))
+            bar.update(len(part))
+    return {n: lines for n, lines in found.items() if lines}
+
+
 def _write(
-    examples: Sequence[Example], out: Path, config: CurationConfig, verdicts: Verdicts
+    examples: Sequence[Example],
+    out: Path,
+    config: CurationConfig,
+    verdicts: Verdicts,
+    texts: Mapping[int, list[str]],
 ) -> dict[str, object]:
     """The three files; `captions.jsonl` last, because it says that the run is complete."""
     kept = verdicts.kept(range(len(examples)))
@@ -192,8 +232,8 @@ def _write(
         for n in kept:
             example = examples[n]
             row: dict[str, object] = {"id": example.id, "image": _image_name(example, n, out)}
-            if len(example.turns) == 1 and not example.turns[0][0]:
-                row["caption"] = example.turns[0][1]
+            if _is_caption(example):
+                row["caption"] = with_text(example.turns[0][1], texts.get(n, []))
             else:
                 row["turns"] = example.turns
             if example.rejected is not None:
@@ -209,6 +249,7 @@ def _write(
         "read": len(examples),
         "kept": len(kept),
         "dropped": dict(counted.most_common()),
+        **({"with_text": len(texts)} if config.ocr else {}),
         "settings": asdict(config),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")

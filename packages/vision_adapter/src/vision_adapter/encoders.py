@@ -64,11 +64,11 @@ class ImageEncoder(Protocol):
 class NanoEncoder(nn.Module):
     """The bundled adapter's encoder: one square tile per picture, read by a convolution stem."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, tower: Encoder | None = None) -> None:
         super().__init__()
         self.config = config
         self.width = config.encoder_dim
-        self.tower = Encoder(config)
+        self.tower = tower or Encoder(config)
 
     def preprocess(self, pictures: Sequence[Picture]) -> Tensor:
         """Pictures → fp32 [P, 3, size, size]."""
@@ -98,11 +98,11 @@ def nano_view(config: VisionConfig, width: int, height: int) -> View:
 class MllamaTiles(nn.Module):
     """Llama 3.2-Vision's encoder: a picture is one to `max_tiles` tiles, so pictures differ in length."""
 
-    def __init__(self, config: MllamaConfig) -> None:
+    def __init__(self, config: MllamaConfig, tower: MllamaEncoder | None = None) -> None:
         super().__init__()
         self.config = config
         self.width = config.output_dim
-        self.tower = MllamaEncoder(config)
+        self.tower = tower or MllamaEncoder(config)
 
     def preprocess(self, pictures: Sequence[Picture]) -> Tiles:
         """Pictures → their tiles."""
@@ -136,3 +136,22 @@ def mllama_view(config: MllamaConfig, width: int, height: int) -> View:
     index = patches.transpose(1, 2).reshape(grid[0] * edge, grid[1] * edge)
     right = grid[1] * config.image_size * width / fitted[0]
     return View(index, (0.0, 0.0, right, grid[0] * config.image_size * height / fitted[1]))
+
+
+def encoder_of(adapter: nn.Module) -> ImageEncoder:
+    """An image adapter's encoder behind the protocol; its parameters are the adapter's own."""
+    encoder: Any = adapter.encoder
+    config: Any = getattr(adapter, "config", None)
+    if isinstance(encoder, Encoder):
+        return NanoEncoder(config, encoder)
+    if isinstance(encoder, MllamaEncoder):
+        return MllamaTiles(config, encoder)
+    assert isinstance(encoder, ImageEncoder)
+    return encoder
+
+
+def keep_statistics(encoder: Any) -> None:
+    """Batch norms in evaluation mode: else pictures would depend on their batch."""
+    for module in encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()

@@ -20,7 +20,7 @@ from core_llm.lora import LoRA, LoRAConfig
 from core_llm.model import Llama
 from vision_adapter.config import VisionConfig, cross_attention_schedule
 from vision_adapter.cross_attention import CrossAttentionBlock
-from vision_adapter.encoders import ImageEncoder, MllamaTiles, NanoEncoder
+from vision_adapter.encoders import ImageEncoder, MllamaTiles, NanoEncoder, keep_statistics
 from vision_adapter.mllama_adapter import MllamaAdapter
 from vision_adapter.mllama_config import MllamaConfig
 from vision_adapter.mllama_encoder import Affine
@@ -106,9 +106,7 @@ class FusionAdapter(MllamaAdapter):
         encoder: nn.Module = self.encoder
         if not any(p.requires_grad for p in encoder.parameters()):
             encoder.eval()
-        for module in encoder.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        keep_statistics(encoder)
         return self
 
     def preprocess(self, parts: Sequence[Image]) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from core_llm import processes
 from core_llm.checkpoint import read_config, save_adapter
 from core_llm.errors import CheckpointError, UserError
 from core_llm.files import WEIGHTS
@@ -58,9 +59,10 @@ class WithUpdates(nn.Module):
         named: dict[str, str] = {}
         if self.lora is not None:
             self.lora.save(directory / FOLDER)
+        if self.lora is not None and processes.is_writer():
             named = {_SETTING: _digest(directory / FOLDER / WEIGHTS)}
         save_adapter(directory, kind, {**settings, **named}, dict(self.state_dict()), core, card)
-        if self.lora is None:  # those of an adapter that stood here before
+        if self.lora is None and processes.is_writer():  # those of an adapter that stood here before
             shutil.rmtree(directory / FOLDER, ignore_errors=True)
 
 

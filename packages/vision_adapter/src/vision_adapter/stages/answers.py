@@ -6,7 +6,7 @@ Axes: B conversations, N answer tokens, S patches, E encoder width.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from core_llm.train.answers import answer_log_probabilities, n_answer_tokens, pi
 from vision_adapter.adapter import VisionAdapter
 from vision_adapter.examples import Example
 from vision_adapter.stages.presets import StageConfig
+from vision_adapter.stages.trainable import trained_updates
+
+if TYPE_CHECKING:
+    from vision_adapter.adapter import ImageAdapter
 
 
 def adapter_groups(adapter: nn.Module, config: StageConfig) -> list[dict[str, Any]]:
@@ -48,7 +52,7 @@ class AnswerTask:
         name: str,
         core: Llama,
         tokenizer: Tokenizer,
-        adapter: VisionAdapter,
+        adapter: "ImageAdapter",
         examples: Sequence[Example],
         held_out: Sequence[Example],
         config: StageConfig,
@@ -58,10 +62,13 @@ class AnswerTask:
         self.assistant = Assistant(core.requires_grad_(False), tokenizer, [adapter])
         self.examples, self.held_out = examples, held_out[:256]
         self.groups = adapter_groups(adapter, config)
+        self.lora = trained_updates(name, adapter, core, config, seed)
+        if self.lora is not None:
+            self.groups.append({"params": list(self.lora.parameters())})
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """The adapter."""
-        return {"adapter": self.adapter}
+        """The adapter, and the core's low-rank updates where they learn."""
+        return {"adapter": self.adapter} | ({} if self.lora is None else {"lora": self.lora})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parts that this stage trains."""
@@ -84,6 +91,10 @@ class AnswerTask:
         total = sum(n_answer_tokens(self.assistant, part) for part in micro_batches)
         losses = (-answer_log_probabilities(self.assistant, part)[0].sum() / total for part in micro_batches)
         return accumulated(losses, self.parameters()), self.adapter.gates()
+
+    def weight(self, batch: Sequence[Example]) -> float:
+        """What the mean of the loss is over: the answers' tokens."""
+        return float(n_answer_tokens(self.assistant, [example.conversation() for example in batch]))
 
     def evaluate(self) -> dict[str, float]:
         """Loss on held-out examples, and with each text beside the next one's picture."""
@@ -114,13 +125,17 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
     return resized[0].flatten(1).T.to(positions.dtype).contiguous()
 
 
-def at_resolution(adapter: VisionAdapter, core: LlamaConfig, image_size: int) -> VisionAdapter:
+def at_resolution(adapter: "ImageAdapter", core: LlamaConfig, image_size: int) -> "ImageAdapter":
     """The same adapter for pictures of another size in pixels: all weights kept, positions resized.
 
     Raises `CheckpointError` for a size that the encoder's stride does not divide, `UserError` for an encoder
     whose positions are not a square of its own.
     """
-    if image_size in (0, adapter.config.image_size):
+    if not image_size:
+        return adapter
+    if not isinstance(adapter, VisionAdapter):
+        raise UserError("this encoder works at its own resolution alone: leave --image-size out")
+    if image_size == adapter.config.image_size:
         return adapter
     config = replace(adapter.config, image_size=image_size)
     resized = VisionAdapter(config, core)
@@ -130,5 +145,6 @@ def at_resolution(adapter: VisionAdapter, core: LlamaConfig, image_size: int) ->
     side = round(config.n_patches**0.5)
     state["encoder.positions"] = resize_positions(state["encoder.positions"], side)
     resized.load_state_dict(state)
+    resized.hold(adapter.lora)
     weight = adapter.projector.weight
     return resized.to(weight.device, weight.dtype)

@@ -5,7 +5,7 @@ Axes: B pairs, S patches, E encoder width, D shared width, T caption tokens.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,12 @@ from core_llm import processes
 from core_llm.tokenizer import Tokenizer
 from core_llm.train.accumulate import accumulated, split
 from core_llm.train.answers import picked
-from vision_adapter.adapter import VisionAdapter
+from vision_adapter.encoders import ImageEncoder, encoder_of, keep_statistics
 from vision_adapter.examples import Example
-from vision_adapter.images import tiles
 from vision_adapter.stages.presets import StageConfig
+
+if TYPE_CHECKING:
+    from vision_adapter.adapter import ImageAdapter
 
 _FIRST_SCALE, _LAST_SCALE = 1 / 0.07, 100.0  # of the logits (arXiv 2103.00020, section 2.5)
 
@@ -26,12 +28,14 @@ _FIRST_SCALE, _LAST_SCALE = 1 / 0.07, 100.0  # of the logits (arXiv 2103.00020, 
 class TwoTowers(nn.Module):
     """The image encoder with mean pooling and a projection, a text tower, and the temperature."""
 
-    def __init__(self, encoder: nn.Module, encoder_dim: int, tokenizer: Tokenizer, config: StageConfig):
+    def __init__(self, adapter: nn.Module, tokenizer: Tokenizer, config: StageConfig) -> None:
         super().__init__()
         from open_clip.transformer import TextTransformer
 
-        self.encoder = encoder
-        self.image_projection = nn.Linear(encoder_dim, config.embedding, bias=False)
+        # A tuple: the module that is trained and stored is the encoder itself.
+        self._reader = (encoder_of(adapter),)
+        self.encoder = adapter.encoder
+        self.image_projection = nn.Linear(self.reader.width, config.embedding, bias=False)
         self.text = TextTransformer(
             context_length=config.text_length,
             vocab_size=tokenizer.vocab_size,
@@ -44,9 +48,24 @@ class TwoTowers(nn.Module):
         )
         self.log_scale = nn.Parameter(torch.tensor(_FIRST_SCALE).log())
 
-    def images(self, pixels: Tensor) -> Tensor:
-        """[B, 3, size, size] → unit vectors [B, D]."""
-        pooled = self.encoder(pixels).mean(dim=1)
+    @property
+    def reader(self) -> ImageEncoder:
+        """The encoder, as something that prepares pictures too."""
+        return self._reader[0]
+
+    def train(self, mode: bool = True) -> "TwoTowers":
+        """As `nn.Module.train`, but for statistics over a batch, which stay as they are."""
+        super().train(mode)
+        keep_statistics(self.encoder)
+        return self
+
+    def images(self, inputs: Any) -> Tensor:
+        """What the encoder made of B pictures → unit vectors [B, D]."""
+        features = self.reader.encode(inputs)
+        if len(set(features.counts)) == 1:
+            pooled = features.values.unflatten(0, (len(features.counts), -1)).mean(dim=1)
+        else:
+            pooled = torch.stack([part.mean(dim=0) for part in features.values.split(features.counts)])
         return F.normalize(self.image_projection(pooled).float(), dim=-1)
 
     def texts(self, tokens: Tensor) -> Tensor:
@@ -66,7 +85,7 @@ class ContrastiveTask:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        adapter: VisionAdapter,
+        adapter: "ImageAdapter",
         examples: Sequence[Example],
         held_out: Sequence[Example],
         config: StageConfig,
@@ -77,9 +96,9 @@ class ContrastiveTask:
         torch.manual_seed(seed)  # fixes the text tower
         adapter.requires_grad_(False)
         adapter.encoder.requires_grad_(True)
-        self.towers = TwoTowers(adapter.encoder, adapter.config.encoder_dim, tokenizer, config)
+        self.towers = TwoTowers(adapter, tokenizer, config)
         self.towers.to(adapter.projector.weight.device)
-        self.size, self.tokenizer, self.config, self.seed = adapter.config.image_size, tokenizer, config, seed
+        self.tokenizer, self.config, self.seed = tokenizer, config, seed
         self.examples, self.held_out = examples, held_out[:256]
         self.clip_loss = ClipLoss()
 
@@ -103,9 +122,10 @@ class ContrastiveTask:
         filled = [row + [pad] * (length - len(row)) for row in rows]
         return torch.tensor(filled, device=self.towers.log_scale.device)
 
-    def _inputs(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        pixels = tiles([e.image for e in examples], self.size).to(self.towers.log_scale.device)
-        return pixels, self.tokens([e.caption for e in examples])
+    def _inputs(self, examples: Sequence[Example]) -> tuple[Any, Tensor]:
+        return self.towers.reader.preprocess([e.image for e in examples]), self.tokens(
+            [e.caption for e in examples]
+        )
 
     def loss(self, batch: Sequence[Example]) -> tuple[Tensor, dict[str, float]]:
         """The symmetric loss over all pairs of the batch; retrieval accuracy and the scale.
@@ -135,7 +155,7 @@ class ContrastiveTask:
 
     def _pieces(
         self,
-        parts: Sequence[tuple[Tensor, Tensor]],
+        parts: Sequence[tuple[Any, Tensor]],
         images: Tensor,
         texts: Tensor,
         start: int,
@@ -153,7 +173,7 @@ class ContrastiveTask:
         by_image, by_text = torch.autograd.grad(loss, (images, texts), retain_graph=True)
         yield loss  # of the parameters only the scale is in its graph
         for pixels, tokens in parts:
-            end = start + len(pixels)
+            end = start + len(tokens)
             surrogate = (self.towers.images(pixels) * by_image[start:end]).sum()
             surrogate = surrogate + (self.towers.texts(tokens) * by_text[start:end]).sum()
             surrogate = factor * surrogate

@@ -6,6 +6,7 @@ Axes: B pairs, N answer tokens.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,12 @@ from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
 from core_llm.train.accumulate import accumulated, split
 from core_llm.train.answers import answer_log_probabilities, picked
-from vision_adapter.adapter import VisionAdapter
 from vision_adapter.examples import Example
 from vision_adapter.stages.answers import AnswerTask
 from vision_adapter.stages.presets import StageConfig
+
+if TYPE_CHECKING:
+    from vision_adapter.adapter import ImageAdapter
 
 
 def preference_loss(
@@ -48,7 +51,7 @@ class DPOTask(AnswerTask):
         name: str,
         core: Llama,
         tokenizer: Tokenizer,
-        adapter: VisionAdapter,
+        adapter: "ImageAdapter",
         examples: Sequence[Example],
         held_out: Sequence[Example],
         config: StageConfig,

@@ -33,6 +33,8 @@ class StageConfig(StageSettings):
     text_heads: int = 16
     text_length: int = 77  # tokens; longer captions are cut
     embedding: int = 1024  # width of the space that pictures and texts share
+    # sft
+    average_top: int = 0  # the result is the mean of so many checkpoints, the best on held-out examples
     # dpo
     beta: float = 0.1
     nll_weight: float = 0.2
@@ -46,6 +48,8 @@ class StageConfig(StageSettings):
             raise UserError(f"{what}; known: {', '.join((*PARTS, CORE_LORA))}")
         if min(self.steps, self.batch) < 1 or self.micro_batch < 0 or self.lr <= 0:
             raise UserError("steps, batch and lr must be positive, and micro_batch not negative")
+        if self.average_top < 0:
+            raise UserError("--average-top must not be negative")
 
 
 PRESETS: dict[str, dict[str, StageConfig]] = {

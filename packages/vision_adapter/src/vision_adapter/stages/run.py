@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from core_llm.checkpoint import load_strict, read_config, read_tensors
-from core_llm.errors import CheckpointError
-from core_llm.files import WEIGHTS
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
 from core_llm.train.fit import fit
-from vision_adapter.adapter import KIND, NANO, VisionAdapter, load
+from vision_adapter.adapter import VisionAdapter, load, load_on_other_core
 from vision_adapter.config import VisionConfig
 from vision_adapter.examples import Example
 from vision_adapter.stages.answers import AnswerTask, at_resolution
@@ -20,17 +18,20 @@ from vision_adapter.stages.contrastive import ContrastiveTask
 from vision_adapter.stages.dpo import DPOTask
 from vision_adapter.stages.presets import STAGES, StageConfig
 
+if TYPE_CHECKING:
+    from vision_adapter.adapter import ImageAdapter
+
 
 def run_stage(
     stage: str,
     core: Llama,
     tokenizer: Tokenizer,
-    adapter: VisionAdapter,
+    adapter: "ImageAdapter",
     data: tuple[Sequence[Example], Sequence[Example]],
     out: Path,
     config: StageConfig,
     seed: int = 0,
-) -> tuple[VisionAdapter, dict[str, float]]:
+) -> tuple["ImageAdapter", dict[str, float]]:
     """Train one stage; returns the adapter, at the stage's resolution, and the held-out figures.
 
     data: examples to train on and to hold out. Every stage has an optimizer of its own, so annealing warms
@@ -46,7 +47,7 @@ def run_stage(
     return adapter, fit(task_type(stage, core, tokenizer, adapter, *data, config, seed), settings)
 
 
-def starting_adapter(where: str, core: Llama, swap_core: bool, seed: int, image_size: int) -> VisionAdapter:
+def starting_adapter(where: str, core: Llama, swap_core: bool, seed: int, image_size: int) -> "ImageAdapter":
     """A fresh adapter (where: "new"), or a saved one.
 
     swap_core: put an adapter of another core of the same shape on this one, as post-training does with the
@@ -58,10 +59,4 @@ def starting_adapter(where: str, core: Llama, swap_core: bool, seed: int, image_
         return VisionAdapter(replace(config, image_size=image_size or config.image_size), core.config)
     if not swap_core:
         return load(where, core)
-    directory = NANO if where == "nano" else Path(where)
-    values = read_config(directory)
-    if values.get("kind") != KIND:
-        raise CheckpointError(f"{directory}: holds a {values.get('kind') or 'core'}, not a {KIND}")
-    adapter = VisionAdapter(VisionConfig.from_dict(values["adapter"]), core.config)
-    load_strict(adapter, read_tensors(directory / WEIGHTS), directory)
-    return adapter
+    return load_on_other_core(where, core)

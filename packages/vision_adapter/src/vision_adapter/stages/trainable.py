@@ -18,22 +18,25 @@ def chosen_parts(text: str, stage: str) -> tuple[str, ...]:
         return PARTS
     if stage == "contrastive" and parts != ["encoder"]:
         raise UserError("contrastive trains the encoder alone: leave --trainable out")
-    if stage == "dpo" and CORE_LORA in parts:
-        raise UserError(f"dpo does not train {CORE_LORA}: its reference shares the core; train it with sft")
     if "projector" in parts:
         parts.append("token_rows")
     return tuple(dict.fromkeys(parts))
 
 
-def trained_updates(adapter: WithUpdates, core: Llama, config: StageConfig, seed: int) -> LoRA | None:
+def trained_updates(
+    stage: str, adapter: WithUpdates, core: Llama, config: StageConfig, seed: int
+) -> LoRA | None:
     """The core's low-rank updates that the stage trains: those of the adapter, or new ones beside it.
 
     None where the stage does not train them; an adapter's updates then stay attached as they are.
+    Raises `UserError` for a stage that cannot, or a core with the updates of another adapter.
     """
     if CORE_LORA not in config.trained:
         if adapter.lora is not None:
             adapter.lora.requires_grad_(False)
         return None
+    if stage == "dpo":
+        raise UserError(f"dpo does not train {CORE_LORA}: its reference shares the core; train it with sft")
     if adapter.lora is None:
         if has_updates(core):
             raise UserError("the core has low-rank updates of another adapter attached; load it anew")
