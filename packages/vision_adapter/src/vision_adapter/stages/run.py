@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from core_llm import processes
+from core_llm.errors import UserError
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
-from core_llm.train.fit import fit
+from core_llm.train.fit import FitConfig, fit
 from vision_adapter.adapter import VisionAdapter, load, load_on_other_core
 from vision_adapter.config import VisionConfig
 from vision_adapter.examples import Example
 from vision_adapter.stages.answers import AnswerTask, at_resolution
+from vision_adapter.stages.average import BestCheckpoints, config_of
 from vision_adapter.stages.contrastive import ContrastiveTask
 from vision_adapter.stages.dpo import DPOTask
 from vision_adapter.stages.presets import STAGES, StageConfig
@@ -44,7 +47,37 @@ def run_stage(
     if stage == "contrastive":
         return adapter, fit(ContrastiveTask(tokenizer, adapter, *data, config, seed), settings)
     task_type = DPOTask if stage == "dpo" else AnswerTask
-    return adapter, fit(task_type(stage, core, tokenizer, adapter, *data, config, seed), settings)
+    task = task_type(stage, core, tokenizer, adapter, *data, config, seed)
+    if not config.average_top:
+        return adapter, fit(task, settings)
+    return adapter, _fit_and_average(task, settings, config.average_top)
+
+
+def _fit_and_average(task: AnswerTask, settings: FitConfig, keep: int) -> dict[str, float]:
+    """Train, then put the mean of the `keep` best checkpoints in the adapter's place.
+
+    Returns the figures of the mean, and beside them those of the last step and of the single best.
+    """
+    if len(task.held_out) < 2:
+        raise UserError("--average-top chooses by held-out examples, and these data hold out none")
+    if set(task.modules()) != {"adapter"}:
+        raise UserError("--average-top averages the adapter alone: leave core-lora out of --trainable")
+    folder = settings.out / "best"
+    best = BestCheckpoints(folder, keep, task.adapter, config_of(task.adapter, task.assistant.core))
+    every = max(1, settings.steps // max(10, 2 * keep))
+    last = fit(task, replace(settings, eval_every=every), best.offer)
+    with processes.writer_first():  # it has written them
+        scores = best.scores()
+        best.load_average()
+    task.adapter.eval()
+    with torch.no_grad():
+        mean = task.evaluate()
+    return {
+        **mean,
+        "averaged_checkpoints": float(len(scores)),
+        "held_out_loss_of_best": min(scores.values()),
+        "held_out_loss_of_last": last["held_out_loss"],
+    }
 
 
 def starting_adapter(where: str, core: Llama, swap_core: bool, seed: int, image_size: int) -> "ImageAdapter":
