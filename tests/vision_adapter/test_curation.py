@@ -279,7 +279,7 @@ def test_coco_captions_are_read_from_their_own_layout(tmp_path: Path) -> None:
     held_out = load_examples("coco_captions", tmp_path, "dev")
     assert [e.caption for e in held_out] == ["seen 2.", "seen 3."]
     assert decode(held_out[0].image).size == (40, 40)
-    hub = [{"image": {"bytes": b"x"}, "file_name": "7.jpg", "answer": ["one", "two"]}]
+    hub = [{"image": {"bytes": b"x"}, "question_id": "7.jpg", "answer": ["one", "two"]}]
     rows = list(sources.SOURCES["coco_captions"].read_hub(hub, "val"))
     assert [(r.group, r.split, r.fields["caption"]) for r in rows] == [
         ("7.jpg", "dev", "one"),
@@ -325,8 +325,39 @@ def test_llava_instructions_keep_their_turns_and_lose_the_image_mark(tmp_path: P
         {"role": r, "content": [{"type": "text", "text": t}]}
         for r, t in (("user", "What?"), ("assistant", "Dog"))
     ]
-    (read,) = sources.SOURCES["llava_instruct"].read_hub([{"images": ["x"], "messages": texts}], "train")
-    assert read.fields == {"image": "x", "turns": [("What?", "Dog")]} and read.split == "train"
+    rows = [{"images": [{"bytes": b"x"}], "messages": texts}]
+    (read,) = sources.SOURCES["llava_instruct"].read_hub(rows, "train")
+    assert read.fields == {"image": b"x", "turns": [("What?", "Dog")]} and read.split == "train"
+
+
+def test_llava_pictures_of_the_hub_stay_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    part = {
+        "index": datasets.Value("int64"),
+        "text": datasets.Value("string"),
+        "type": datasets.Value("string"),
+    }
+    said = {"content": datasets.List(part), "role": datasets.Value("string")}
+    features = {
+        "messages": datasets.List(said),
+        "images": datasets.List(datasets.Image()),
+    }  # as its card says
+    question = {"index": None, "text": "What is it?", "type": "text"}
+    picture = {"index": 0, "text": None, "type": "image"}
+    answer = {"index": None, "text": "A dog.", "type": "text"}
+    messages = [
+        {"role": "user", "content": [question, picture]},
+        {"role": "assistant", "content": [answer]},
+    ]
+    table = datasets.Dataset.from_list(
+        [{"messages": messages, "images": [noise(3)]}], features=datasets.Features(features)
+    )
+    loaded = datasets.DatasetDict({"train": table})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    (row,) = sources.load("llava_instruct", split="train")
+    assert isinstance(row.fields["image"], bytes) and decode(row.fields["image"]).size == (40, 40)
+    assert row.fields["turns"] == [("What is it?", "A dog.")]
 
 
 def test_command_curates_a_folder_and_prints_what_was_dropped(

@@ -92,6 +92,8 @@ def _read_hub(source: Source, subset: str = "") -> list[Row]:
                 if column in table.column_names:
                     feature = datasets.Image if column == "image" else datasets.Audio
                     table = table.cast_column(column, feature(decode=False))
+            if "images" in table.column_names:
+                table = table.cast_column("images", datasets.List(datasets.Image(decode=False)))
             rows += source.read_hub(table, str(split))
         if source.subset_fields is None or configuration is None:
             return rows
@@ -251,7 +253,7 @@ def _coco_captions_local(folder: Path) -> Iterator[Row]:
 
 def _coco_captions_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
     for i, row in enumerate(rows):
-        name = str(row.get("file_name") or f"{split}-{i}")
+        name = str(row.get("question_id") or f"{split}-{i}")  # the picture's file name
         for n, caption in enumerate(row["answer"] or []):
             yield _coco_row(f"{split}-{i}-{n}", row["image"]["bytes"], name, caption, declared_split(split))
 
@@ -309,7 +311,8 @@ def _llava_instruct_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[
             (message["role"], "".join(part["text"] or "" for part in message["content"]))
             for message in row["messages"]
         ]
-        yield _llava_row(f"{split}-{i}", f"{split}-{i}", row["images"][0], said, declared_split(split))
+        picture = row["images"][0]["bytes"]
+        yield _llava_row(f"{split}-{i}", f"{split}-{i}", picture, said, declared_split(split))
 
 
 def _llava_row(identity: str, group: str, image: Any, said: list[tuple[str, str]], split: str | None) -> Row:
@@ -423,7 +426,9 @@ _ALL = (
     Source(
         name="llava_instruct",
         title="LLaVA-Instruct",
-        licence="CC BY 4.0 (annotations); written by a model whose terms of use apply",
+        # By the card of LLaVA-Instruct-150K, whose first version said CC BY-NC 4.0. The card of the hub copy,
+        # which mixes it with others, names no licence.
+        licence="CC BY 4.0 and OpenAI's terms of use (LLaVA-Instruct-150K); the hub's mix states none",
         homepage="https://github.com/haotian-liu/LLaVA",
         hub=("HuggingFaceH4/llava-instruct-mix-vsft", None),
         dev_fraction=0.02,
