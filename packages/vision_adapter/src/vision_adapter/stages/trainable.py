@@ -37,6 +37,8 @@ def trained_updates(
         return None
     if stage == "dpo":
         raise UserError(f"dpo does not train {CORE_LORA}: its reference shares the core; train it with sft")
+    if config.average_top:
+        raise UserError(f"--average-top averages the adapter alone: leave it or {CORE_LORA} out")
     if adapter.lora is None:
         if has_updates(core):
             raise UserError("the core has low-rank updates of another adapter attached; load it anew")
