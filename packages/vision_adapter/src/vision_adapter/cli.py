@@ -116,6 +116,8 @@ def stage(
     average_top: int = 0,
     seed: int = 0,
     swap_core: bool = False,
+    trainable: str = "",
+    lora_rank: int = 8,
 ) -> None:
     """Train one stage of the paper's recipe; the same command continues an interrupted run.
 
@@ -127,7 +129,7 @@ def stage(
         data: scenes, coco_captions, vqav2, llava_instruct, easy_vqa, a folder with captions.jsonl, a hub id.
         out: Folder for the adapter, metrics and the resumable state.
         core: nano, or a folder with a core's checkpoint.
-        adapter: What to start from: new, nano, or a folder of an earlier stage.
+        adapter: What to start from: new, nano, or a folder of an earlier stage or of `create`.
         preset: small (a laptop's) or paper.
         data_root: Folder with local copies of the public datasets.
         steps: Optimizer steps (0: the preset's).
@@ -138,12 +140,17 @@ def stage(
         average_top: The result of sft is the mean of so many checkpoints, the best on held-out examples.
         seed: Seed of weights and data order.
         swap_core: Put an adapter that was trained on another core on this one, such as its instruct version.
+        trainable: Parts that learn, by default the whole adapter: a list such as projector,cross_attention,
+            of encoder, projector, cross_attention and core-lora (low-rank updates beside the core's weights).
+        lora_rank: Rank of the core's updates where they begin.
     """
     from vision_adapter.stages.command import train_stage
+    from vision_adapter.stages.trainable import chosen_parts
 
     sizes = {"steps": steps, "batch": batch, "micro_batch": micro_batch, "lr": lr, "image_size": image_size}
     given = {key: value for key, value in {**sizes, "average_top": average_top}.items() if value}
-    train_stage(name, data, out, core, adapter, preset, data_root, given, seed, swap_core)
+    chosen = {"trained": chosen_parts(trainable, name), "lora_rank": lora_rank}
+    train_stage(name, data, out, core, adapter, preset, data_root, given | chosen, seed, swap_core)
 
 
 def average(
