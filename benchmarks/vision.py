@@ -4,13 +4,22 @@ Both hold the same random weights, in one process; that their logits agree is ch
 each has its turn; ratios are medians over rounds of paired figures. Prefill is everything from pixels to the
 first token's logits, decode one further token behind it. bf16 is the dtype of the released weights. The cache
 is what all cross-attention layers keep of one picture of four tiles, against keys and values repeated for
-every query head as in the released code.
+every query head as in the released code: bytes of tensors.
+
+The memory of the picture in decoding is measured, in a process of its own for each engine: the highest
+resident set (VmHWM of Linux, reset before) while tokens are decoded behind a picture of four full-sized
+tiles, less the same behind a text alone. It holds the cache and whatever a step makes of it. "repeated" is
+our cache with keys and values repeated for every query head, read by the same code.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -73,12 +82,19 @@ class Theirs:
         padded[0, 0, :tiles] = pixels
         valid = (torch.arange(4) < tiles).long()
         self.peer, self.tokens = peer, tokens
-        self.mask = valid.expand(1, 4096, 1, 4)
+        self.mask: Tensor | None = valid.expand(1, 4096, 1, 4)
         self.images = {
             "pixel_values": padded,
             "aspect_ratio_ids": torch.tensor([[ratio]]),
             "aspect_ratio_mask": valid[None, None],
         }
+
+    def forget(self) -> None:
+        """Start over with a text alone."""
+        self.cache = None
+        n = self.tokens.shape[1]
+        out = self.peer(self.tokens.clamp(max=VOCAB - 1), use_cache=True, logits_to_keep=1)
+        self.cache, self.length, self.mask = out.past_key_values, n, None
 
     def prefill(self) -> Tensor:
         """Logits [V] of the first token."""
@@ -86,7 +102,7 @@ class Theirs:
         out = self.peer(
             self.tokens,
             **self.images,
-            cross_attention_mask=self.mask[:, :n],
+            cross_attention_mask=None if self.mask is None else self.mask[:, :n],
             use_cache=True,
             logits_to_keep=1,
         )
@@ -95,11 +111,9 @@ class Theirs:
 
     def decode(self, token: Tensor) -> Tensor:
         """Logits [V] behind one more token."""
+        seen = None if self.mask is None else self.mask[:, self.length : self.length + 1]
         out = self.peer(
-            token[None, None],
-            past_key_values=self.cache,
-            cross_attention_mask=self.mask[:, self.length : self.length + 1],
-            use_cache=True,
+            token[None, None], past_key_values=self.cache, cross_attention_mask=seen, use_cache=True
         )
         self.length += 1
         return out.logits[0, -1]
@@ -141,9 +155,45 @@ class Ours:
         self.step = stepper(self.core, cache, "eager", interleave)
         return logits
 
+    def forget(self) -> None:
+        """Start over with a text alone."""
+        from core_llm.cache import KVCache
+        from core_llm.generate import Request, prefill
+        from core_llm.stepping import stepper
+
+        del self.memory, self.step
+        request = Request.of_tokens(self.tokens.clamp(max=VOCAB - 1).tolist())
+        cache = KVCache(self.core.config, 1, request.width + self.room, self.core.embed_tokens.weight.dtype)
+        prefill(self.core, request, cache)
+        self.step = stepper(self.core, cache, "eager")
+
     def decode(self, token: Tensor) -> Tensor:
         """Logits [V] behind one more token."""
         return self.step(token[None])[0]
+
+
+class Repeated(Ours):
+    """Ours with the picture's keys and values kept once for every query head, as the released code does."""
+
+    def prefill(self) -> Tensor:
+        """Logits [V] of the first token."""
+        from vision_adapter.mllama_memory import TileMemory
+
+        encode, repeats = self.adapter.encode, self.core.config.n_heads // self.core.config.n_kv_heads
+
+        def repeating(tiles: Any) -> TileMemory:
+            kept = encode(tiles)
+            keys, values = (
+                {layer: tensor.repeat_interleave(repeats, dim=0) for layer, tensor in pair.items()}
+                for pair in (kept.keys, kept.values)
+            )
+            return TileMemory(keys, values, kept.bounds)
+
+        self.adapter.encode = repeating  # type: ignore[method-assign, assignment]
+        try:
+            return super().prefill()
+        finally:
+            self.adapter.encode = encode  # type: ignore[method-assign]
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -267,6 +317,68 @@ def compare(args: argparse.Namespace, dtype: torch.dtype) -> tuple[list[dict[str
     return table, kept / repeated
 
 
+def peak(call: Callable[[], Any]) -> int:
+    """The highest resident set of this process during a call, bytes. Linux alone."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free inside goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    call()
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def child(args: argparse.Namespace) -> None:
+    """Print the bytes that a picture of four tiles takes while tokens are decoded, in this process."""
+    import torch
+
+    from core_llm.checkpoint import read_core
+    from vision_adapter.mllama_checkpoint import open_fused, read_adapter
+
+    torch.set_num_threads(args.threads)
+    token = torch.tensor(7)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        peer = peer_model(Path(folder), args.memory_image_size, getattr(torch, args.dtypes[0]))
+        tokens = torch.randint(0, VOCAB, (1, args.prompt))
+        tokens[0, 0] = VOCAB
+        pixels = torch.randn(4, 3, args.memory_image_size, args.memory_image_size)
+        engine: Ours | Theirs
+        if args.child == "transformers":
+            engine = Theirs(peer, 6, pixels, tokens)
+        else:
+            del peer
+            weights = open_fused(Path(folder))
+            kind = Repeated if args.child == "repeated" else Ours
+            room = 8 * args.new_tokens
+            engine = kind(read_core(weights), read_adapter(weights), 6, pixels, tokens, room)
+
+        def decode() -> None:
+            for _ in range(args.new_tokens):
+                engine.decode(token)
+
+        engine.prefill()
+        decode()  # touches every weight, and what libraries allocate once
+        behind_picture = peak(decode)
+        engine.forget()
+        decode()
+        print(json.dumps({"bytes": behind_picture - peak(decode)}))
+
+
+def measure_memory(args: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
+    """One row per engine, each measured in a process of its own."""
+    table = []
+    for engine in ("ours", "repeated", "transformers"):
+        flags = ["--child", engine, "--dtypes", dtype, "--threads", str(args.threads)]
+        flags += ["--memory-image-size", str(args.memory_image_size), "--prompt", str(args.prompt)]
+        command = [sys.executable, __file__, *flags, "--new-tokens", str(args.new_tokens)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"error: the process that measures {engine} failed: {done.stderr[-2000:]}")
+        size = json.loads(done.stdout.splitlines()[-1])["bytes"]
+        table.append({"dtype": dtype, "engine": engine, "picture_mib": round(size / 2**20, 2)})
+    ours = table[0]["picture_mib"]
+    return [row | {"times_ours": round(row["picture_mib"] / ours, 2)} for row in table]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -278,29 +390,42 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt, the picture among them")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens decoded per round")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--memory-image-size", type=int, default=560, help="the same, where memory is measured"
+    )
+    parser.add_argument("--child", choices=("ours", "repeated", "transformers"), help=argparse.SUPPRESS)
     parser.add_argument("--note", default="", help="written beside the figures, such as 'busy machine'")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
 
+    if args.child:
+        child(args)
+        return
+
     import torch
 
     torch.set_num_threads(args.threads)
+    memory: list[dict[str, Any]] = []
     table: list[dict[str, Any]] = []
     shares: dict[str, float] = {}
     for name in args.dtypes:
         found, shares[name] = compare(args, getattr(torch, name))
         table += found
+        memory += measure_memory(args, name)
     goals = targets(table, shares)
     show(table)
+    print()
+    show(memory)
     print()
     show(goals)
     source = provenance(("torch", "transformers"))
     source["note"] = args.note
     save(args.output / "vision_cpu.csv", table, source)
+    save(args.output / "vision_cpu_memory.csv", memory, source)
     save(args.output / "vision_cpu_targets.csv", goals, source)
     source["command"] = "python benchmarks/vision.py " + " ".join(sys.argv[1:])
     title = f"A picture on a CPU: scaled-down Llama 3.2-Vision, random weights, prompt {args.prompt}"
-    save_markdown(args.output / "vision_cpu.md", title, [goals, table], source)
+    save_markdown(args.output / "vision_cpu.md", title, [goals, table, memory], source)
 
 
 if __name__ == "__main__":
