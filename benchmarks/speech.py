@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,11 @@ from reporting import provenance, save, save_markdown, show  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CLIPS = Path(__file__).resolve().parents[1] / "evals" / "samples"
-SIZES = {"tiny": (384, 4, 6), "base": (512, 6, 8), "small": (768, 12, 12)}  # width, layers, heads of Whisper's
+SIZES = {
+    "tiny": (384, 4, 6),
+    "base": (512, 6, 8),
+    "small": (768, 12, 12),
+}  # width, layers, heads of Whisper's
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -94,7 +99,7 @@ def encoders(size: str, rounds: int) -> list[dict[str, Any]]:
     from speech_adapter.encoders import ConformerEncoder
 
     dim, n_layers, n_heads = SIZES[size]
-    sizes = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "ffn_dim": 2 * dim}
+    sizes: dict[str, Any] = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "ffn_dim": 2 * dim}
     torch.manual_seed(0)
     theirs = Whisper(80, 1500, dim, n_heads, n_layers).eval()
     same = ConformerEncoder(SpeechConfig(64, **sizes, stack=2)).eval()
@@ -141,7 +146,7 @@ def real_time(limit: int | None) -> list[dict[str, Any]]:
 
         for what, call in (("features and encoder", hear), ("file to text", write)):
             call(files[0])
-            spent = sum(seconds(lambda call=call, file=file: call(file)) for file in files)  # type: ignore[misc]
+            spent = sum(seconds(partial(call, file)) for file in files)
             table.append(
                 {
                     "clips": f"{len(files)} {kind}",

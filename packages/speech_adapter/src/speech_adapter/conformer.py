@@ -45,19 +45,21 @@ class RotaryAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor, past: Past | None = None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor | None, past: Past | None = None
     ) -> Tensor:
-        """x [B, S, C], real [B, S] bool, rotations of S or L + S positions → [B, S, C]."""
+        """x [B, S, C], real [B, S] bool (None: all), rotations of S or L + S positions → [B, S, C]."""
         b, s, c = x.shape
         q, kv = self.qkv(self.norm(x)).split((c, 2 * c), dim=-1)
         if past is not None:
             length = past.window.look_back
             kv = torch.cat((past.before(self, kv, length), kv), dim=1)
+            assert real is not None
             real = torch.cat((past.exists(length), real), dim=1)
         k, v = (self._heads(part) for part in kv.chunk(2, dim=-1))
         cos, sin = rotation
         q = apply_rotations(self._heads(q), cos[:, :, -s:], sin[:, :, -s:])
-        mixed = attend(q, apply_rotations(k, cos, sin), v, Mask.keys(real))
+        mask = Mask.full() if real is None else Mask.keys(real)
+        mixed = attend(q, apply_rotations(k, cos, sin), v, mask)
         return self.dropout(self.out(mixed.transpose(1, 2).reshape(b, s, c)))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -79,22 +81,26 @@ class Convolution(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, real: Tensor, past: Past | None = None) -> Tensor:
-        """x [B, S, C], real [B, S] bool → [B, S, C]."""
+    def forward(self, x: Tensor, real: Tensor | None, past: Past | None = None) -> Tensor:
+        """x [B, S, C], real [B, S] bool (None: all) → [B, S, C]."""
         gated = F.glu(self.gated(self.norm(x)), dim=-1)
-        # Before the convolution: it would carry padding into the last real frames.
-        gated = gated.masked_fill(~real[..., None], 0.0)
+        if real is not None:
+            # Before the convolution: it would carry padding into the last real frames.
+            gated = gated.masked_fill(~real[..., None], 0.0)
         reach = self.depthwise.kernel_size[0] // 2
         left = None if past is None else past.before(self, gated, reach)
         mixed = self._convolve(gated, left, reach)
         return self.dropout(self.out(F.silu(self.inner_norm(mixed))))
 
     def _convolve(self, x: Tensor, left: Tensor | None, reach: int) -> Tensor:
-        if left is None:
-            return self.depthwise(x.transpose(1, 2)).transpose(1, 2)
-        padded = F.pad(torch.cat((left, x), dim=1), (0, 0, 0, reach)).transpose(1, 2)
-        mixed = F.conv1d(padded, self.depthwise.weight, self.depthwise.bias, groups=x.shape[2])
-        return mixed.transpose(1, 2)
+        before = 0 if left is None else reach
+        if left is not None:
+            x = F.pad(torch.cat((left, x), dim=1), (0, 0, 0, reach))
+        # In two dimensions [B, S, C] is a layout that the library knows; in one it would be copied twice.
+        weight, image = self.depthwise.weight.unsqueeze(2), x.transpose(1, 2).unsqueeze(2)
+        padding = (0, reach - before)
+        mixed = F.conv2d(image, weight, self.depthwise.bias, padding=padding, groups=x.shape[2])
+        return mixed.squeeze(2).transpose(1, 2)
 
 
 class ConformerLayer(nn.Module):
@@ -109,13 +115,13 @@ class ConformerLayer(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor, past: Past | None = None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor | None, past: Past | None = None
     ) -> Tensor:
-        """x [B, S, C], real [B, S] bool → [B, S, C]."""
-        x = x + 0.5 * self.first(x)
+        """x [B, S, C], real [B, S] bool (None: all) → [B, S, C]."""
+        x = torch.add(x, self.first(x), alpha=0.5)
         x = x + self.attention(x, rotation, real, past)
         x = x + self.convolution(x, real, past)
-        x = x + 0.5 * self.second(x)
+        x = torch.add(x, self.second(x), alpha=0.5)
         return self.norm(x)
 
 
@@ -135,6 +141,8 @@ class Conformer(nn.Module):
         """features [B, F, M] with F = S · stack, real [B, S] bool → [B, S, C]."""
         b, f, m = features.shape
         x = self.dropout(self.project(features.reshape(b, f // self.stack, m * self.stack)))
+        # Without padding there is nothing to mask, and attention has a faster kernel.
+        masked = None if past is None and bool(real.all()) else real
         for layer in self.layers:
-            x = layer(x, rotation, real, past)
+            x = layer(x, rotation, masked, past)
         return x

@@ -78,12 +78,20 @@ def framed_log_mel(samples: Tensor, n_mels: int = N_MELS) -> Tensor:
     """
     # bf16 would keep three digits of a power that spans ten decades.
     with torch.autocast(samples.device.type, enabled=False):
-        window = torch.hann_window(N_FFT, device=samples.device)
-        spectrum = torch.stft(samples.float(), N_FFT, HOP, window=window, center=False, return_complex=True)
-        parts = torch.view_as_real(spectrum)
-        power = parts.square().sum(-1)  # an absolute value would take the root first
-        mel = mel_filters(n_mels).to(samples.device) @ power
-        return mel.clamp_(min=POWER_FLOOR).log10_().transpose(-1, -2)
+        frames = samples.float().unfold(-1, N_FFT, HOP) * _window(samples.device)
+        spectrum = torch.fft.rfft(frames)
+        power = spectrum.real.square() + spectrum.imag.square()  # the absolute value takes a root first
+        return (power @ _transposed_filters(n_mels, samples.device)).clamp(min=POWER_FLOOR).log10()
+
+
+@lru_cache(maxsize=4)
+def _window(device: torch.device) -> Tensor:
+    return torch.hann_window(N_FFT, device=device)
+
+
+@lru_cache(maxsize=4)
+def _transposed_filters(n_mels: int, device: torch.device) -> Tensor:
+    return mel_filters(n_mels).T.contiguous().to(device)
 
 
 def whisper_scale(features: Tensor) -> Tensor:

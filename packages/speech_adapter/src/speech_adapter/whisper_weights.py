@@ -21,6 +21,7 @@ def load_whisper(name: str) -> Whisper:
     CheckpointError, one line, where the weights cannot be had, are damaged, or are no Whisper's.
     """
     import pickle
+    from http.client import HTTPException
     from urllib.error import URLError
 
     import whisper
@@ -34,15 +35,16 @@ def load_whisper(name: str) -> Whisper:
         )
     try:
         return whisper.load_model(name if name in known else str(path), device="cpu").eval()
-    except URLError as error:
+    except (URLError, TimeoutError, ConnectionError, HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
         raise CheckpointError(
-            f"whisper:{name}: its weights are not here and cannot be downloaded ({error.reason}); put "
+            f"whisper:{name}: its weights are not here and cannot be downloaded ({reason}); put "
             f"{_file_name(name)} into {cache_folder()}, or give a file as whisper:PATH.pt"
         ) from None
     except (KeyError, TypeError, AttributeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"whisper:{name}: damaged, or no checkpoint in openai-whisper's format ({reason[0]})"
+            f"whisper:{name}: damaged, or no checkpoint in openai-whisper's format ({lines[0]})"
         ) from None
 
 
