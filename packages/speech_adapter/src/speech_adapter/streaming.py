@@ -72,7 +72,7 @@ class StreamingEncoder:
         self,
         adapter: SpeechAdapter,
         chunk_ms: int = 640,
-        look_ahead_ms: int = 320,
+        look_ahead_ms: int = 640,
         look_back_ms: int = 5_120,
         level: float | None = None,
     ) -> None:
