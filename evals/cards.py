@@ -7,6 +7,7 @@ from pathlib import Path
 
 from evals import provenance, scorecard
 from evals.results import Entry, read, write_text
+from evals.tasks import SCENE_TASKS
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ CARDS: dict[str, Card] = {
         "It sees 64 × 64 pixels: plain shapes, their colours, counts and places, and single rendered words.",
         ("easy_vqa",),
         "Rendered scenes of vision_adapter.scenes.",
-        ("scenes", "easy-vqa"),
+        ("easy-vqa", *SCENE_TASKS),
     ),
     "speech_adapter": Card(
         "nano speech adapter",

@@ -7,8 +7,6 @@ import tyro
 
 from core_llm import cli_tools
 
-QUICKSTART = ("text-qa", "text-regression", "scenes", "spoken-digits", "spoken-scenes", "guard-basics")
-
 
 def run(
     tasks: Annotated[list[str], tyro.conf.Positional],
@@ -58,7 +56,7 @@ def quickstart(model: str = "nano", out: Path = Path("runs/quickstart"), seed: i
         seed: Seed of the controls and the bootstrap.
     """
     from evals.run import run_tasks
-    from evals.tasks import Options, find
+    from evals.tasks import QUICKSTART, Options, find
 
     path = run_tasks(
         find(list(QUICKSTART)), model, Options(seed=seed), out / "records", out / "results.json", out

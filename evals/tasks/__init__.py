@@ -3,6 +3,24 @@
 from core_llm.errors import UserError
 from evals.tasks.base import Control, Options, Output, Sample, Task
 
+SCENE_TASKS = (
+    "scenes",
+    "scenes-count",
+    "scenes-relation",
+    "scenes-word",
+    "scenes-chart",
+    "scenes-crowded",
+)
+# Need neither data nor network, and together less than two minutes.
+QUICKSTART = (
+    "text-qa",
+    "text-regression",
+    *SCENE_TASKS,
+    "spoken-digits",
+    "spoken-scenes",
+    "guard-basics",
+)
+
 
 def registry() -> dict[str, Task]:
     """Every known task by name, in the order of the scorecard."""
@@ -21,4 +39,4 @@ def find(names: list[str]) -> list[Task]:
     return [known[name] for name in dict.fromkeys(names)]
 
 
-__all__ = ["Control", "Options", "Output", "Sample", "Task", "find", "registry"]
+__all__ = ["QUICKSTART", "SCENE_TASKS", "Control", "Options", "Output", "Sample", "Task", "find", "registry"]

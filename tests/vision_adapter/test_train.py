@@ -14,13 +14,15 @@ from PIL import Image as Pillow
 from core_llm.adapters import Assistant
 from core_llm.chat import Image
 from core_llm.checkpoint import core_hash, save_core
-from core_llm.data.scenes import SKILLS, Scene, sample_scene
+from core_llm.data.levels import LEVELS, SKILLS
+from core_llm.data.scenes import Bar, Scene, sample_scene
 from core_llm.errors import DataError
 from core_llm.testing import tiny_core
 from vision_adapter import cli, images
 from vision_adapter.adapter import VisionAdapter, load
 from vision_adapter.config import VisionConfig
 from vision_adapter.samples import (
+    KINDS,
     Sample,
     conversation,
     easy_vqa,
@@ -36,7 +38,8 @@ CONFIG = VisionConfig(
     stem_channels=(8, 8), encoder_dim=32, encoder_layers=1, encoder_heads=2, encoder_ffn_dim=48,
     token_rows=3, cross_ffn_dim=32,
 )  # fmt: skip
-SMALL = Recipe(steps=3, warm_up_steps=2, warm_up_pictures=4, pictures=4, dialogues=3)
+LEVEL_SKILLS = tuple(f"{level}-{skill}" for level, shape in LEVELS.items() for skill in shape.skills)
+SMALL = Recipe(steps=3, warm_up_steps=2, warm_up_pictures=4, pictures=4, dialogues=3, held_out=3)
 
 
 def opened(core: object) -> VisionAdapter:
@@ -105,7 +108,7 @@ def test_shuffled_control_gives_each_row_another_picture() -> None:
     core, tokenizer = tiny_core()
     task = VisionTask(core, tokenizer, opened(core).eval(), {}, 0, SMALL)
     rng = random.Random(1)
-    samples = [vary(scene_sample("several", rng, 64, 2, 0.0), rng, 1) for _ in range(3)]
+    samples = [vary(scene_sample(KINDS["several"], rng, 64), rng, 1) for _ in range(3)]
     moved = [replace(sample, tile=samples[(i + 1) % 3].tile) for i, sample in enumerate(samples)]
     with torch.no_grad():
         shuffled, _, _ = task.answer_logits(pack(samples, tokenizer, 3), shuffled=True)
@@ -154,6 +157,9 @@ def test_asked_presence_is_marked_on_the_word_itself() -> None:
 
 def test_description_in_reading_order_says_what_the_core_knows() -> None:
     assert ordered_description(Scene((), "cat")) == "the word cat."
+    assert ordered_description(Scene((), "cat sun")) == "the words cat sun."
+    bars = Scene((), None, (Bar("red", 3), Bar("blue", 1)))
+    assert ordered_description(bars) == "a red bar of three, a blue bar of one."
     for seed in range(20):
         scene = sample_scene(random.Random(seed), "several")
         text = ordered_description(scene)
@@ -161,9 +167,22 @@ def test_description_in_reading_order_says_what_the_core_knows() -> None:
         assert text == ordered_description(Scene(scene.items[::-1]))
 
 
+def test_kinds_ask_for_every_skill_and_follow_their_weights() -> None:
+    assert {skill for kind in KINDS.values() for skill in kind.skills} == set(SKILLS)
+    assert len(KINDS) == len(Recipe().kind_shares)
+    rng = random.Random(0)
+    for kind in KINDS.values():
+        sample = scene_sample(kind, rng, 64, describe_share=1.0)
+        turns = [turn for dialogue in sample.dialogues for turn in dialogue]
+        assert len(turns) >= kind.questions - 1 and turns[-1][0] == "Describe the image."
+    plain = [scene_sample(KINDS["one"], rng, 64, negated_share=0.0) for _ in range(50)]
+    asked = [turn[0] for sample in plain for dialogue in sample.dialogues for turn in dialogue]
+    assert not any(" not " in question or " no " in question for question in asked)
+
+
 def test_skill_samples_hold_every_skill_and_never_change() -> None:
     first, again = skill_samples(64, 0, 3), skill_samples(64, 0, 3)
-    assert tuple(first) == SKILLS and all(len(samples) == 3 for samples in first.values())
+    assert tuple(first) == LEVEL_SKILLS and all(len(samples) == 3 for samples in first.values())
     assert [s.dialogues for v in first.values() for s in v] == [
         s.dialogues for v in again.values() for s in v
     ]
@@ -181,7 +200,7 @@ def test_training_leaves_the_core_alone_and_repeats_exactly(tmp_path: Path) -> N
         runs.append((adapter.state_dict(), figures))
     assert core_hash(core) == before
     assert all(torch.equal(tensor, runs[1][0][key]) for key, tensor in runs[0][0].items())
-    assert {"easy_vqa", "easy_vqa_shuffled", *SKILLS} <= set(runs[0][1])
+    assert {"easy_vqa", "easy_vqa_shuffled", *LEVEL_SKILLS} <= set(runs[0][1])
     assert any(gate != 0 for gate in adapter.gates().values())
     assert not set(core.state_dict()) & set(
         torch.load(tmp_path / "a" / "vision.state.pt")["modules"]["adapter"]
@@ -201,7 +220,9 @@ def test_command_trains_saves_and_answers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vision_adapter.config.VisionConfig", lambda: CONFIG)
-    monkeypatch.setattr("vision_adapter.train.skill_samples", lambda size, seed: skill_samples(size, seed, 2))
+    monkeypatch.setattr(
+        "vision_adapter.train.skill_samples", lambda size, seed, n: skill_samples(size, seed, 2)
+    )
     core, tokenizer = tiny_core()
     save_core(tmp_path / "core", core, tokenizer)
     cli.train(tmp_path / "out", str(tmp_path / "core"), None, steps=2, warm_up_steps=1, pictures=2)

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from core_llm import cli_tools
-from vision_adapter import cli_models
+from vision_adapter import cli_models, cli_scenes
 
 
 def train(
@@ -344,5 +344,6 @@ def main() -> None:
         "watch": watch,
         "explain": explain,
         "convert": cli_models.convert,
+        "scenes": cli_scenes.scenes,
     }
     cli_tools.run("vision-adapter", "Pictures for a frozen core: train, answer, explain.", commands)

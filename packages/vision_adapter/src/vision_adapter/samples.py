@@ -4,8 +4,9 @@ Axes: B pictures, T text positions.
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from core_llm.chat import Image, Message, Text, render
 from core_llm.data import sources
+from core_llm.data.levels import level_question, sample_level_scene
 from core_llm.data.phrases import DESCRIBE_PROMPT
-from core_llm.data.scenes import COLORS, COLUMNS, ROWS, SHAPES, Scene, article, questions, sample_scene
+from core_llm.data.scenes import COLORS, COLUMNS, NUMBERS, ROWS, SHAPES, Scene, article
 from core_llm.tokenizer import Tokenizer
 from vision_adapter.images import decode, tile
 from vision_adapter.scenes import draw
@@ -24,10 +26,14 @@ Turn = tuple[str, str]  # question, answer
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A picture as a tile [3, size, size] and dialogues about it, each of one or more turns."""
+    """A picture as a tile [3, size, size] and dialogues about it, each of one or more turns.
+
+    cells: number of the cell (row by row, 0 to 8) of every item whose colour and shape are its own.
+    """
 
     tile: Tensor
     dialogues: list[list[Turn]]
+    cells: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +43,7 @@ class Packed:
     tiles [B, 3, size, size]; tokens, positions, documents [B, T]; image [B, T] bool: where the adapter's rows
     go; loss_mask [B, T] bool: the answers; starts [B]: first image position. Document 0 is the prefix.
     present [B, T]: 1 or 0 on the colour or shape whose presence is asked for, as it is there or not; else -1.
+    cell [B, T]: on the last token of an item that a question names, the number of its cell; else -1.
     """
 
     tiles: Tensor
@@ -46,6 +53,7 @@ class Packed:
     image: Tensor
     loss_mask: Tensor
     present: Tensor
+    cell: Tensor
     starts: Tensor
 
 
@@ -62,12 +70,15 @@ def easy_vqa(data_root: Path, split: str, size: int, limit: int | None = None) -
 
 
 def ordered_description(scene: Scene) -> str:
-    """The scene in the wording of `core_llm.data.scenes.describe`, items in reading order.
+    """The scene in the wording of `core_llm.data.scenes.describe`: reading order, bars from the left.
 
     From a picture an order cannot be guessed, so a fixed one is what an answer can learn.
     """
     if scene.word is not None:
-        return f"the word {scene.word}."
+        return f"the {'words' if ' ' in scene.word else 'word'} {scene.word}."
+    if scene.bars:
+        bars = [f"{article(bar.color)} bar of {NUMBERS[bar.height]}" for bar in scene.bars]
+        return ", ".join(bars) + "."
     items = sorted(scene.items, key=lambda item: (ROWS.index(item.row), COLUMNS.index(item.column)))
     parts = [article(f"{item.size} {item.name}") + f" at the {item.place}" for item in items]
     return (" and ".join(parts) if len(parts) <= 2 else ", ".join(parts)) + "."
@@ -78,31 +89,58 @@ def negated(question: str) -> bool:
     return bool({"no", "not"} & set(question.split()))
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of drawn picture: its level, the skills asked for with their weights, how many questions."""
+
+    level: int
+    skills: Mapping[str, float]
+    questions: int = 5
+
+
+KINDS = {
+    "one": Kind(1, {"presence": 3, "color": 1, "shape": 1, "position": 2}),
+    "several": Kind(2, {"count": 3, "relation": 4, "position": 3, "color": 1, "shape": 1, "presence": 2}),
+    "word": Kind(2, {"word": 1}, 2),
+    "chart": Kind(2, {"chart": 1}, 4),
+    "crowded": Kind(3, {"count": 3, "relation": 3, "position": 2, "color": 1, "shape": 1, "presence": 1}),
+    "words": Kind(3, {"word": 1}, 2),
+    "heights": Kind(3, {"chart": 1}, 4),
+}
+
+
 def scene_sample(
-    kind: str,
-    rng: random.Random,
-    size: int,
-    n_questions: int,
-    describe_share: float,
-    negated_share: float = 1.0,
+    kind: Kind, rng: random.Random, size: int, describe_share: float = 0.0, negated_share: float = 1.0
 ) -> Sample:
     """A drawn scene with questions; sometimes the core is asked to describe it.
 
     negated_share: how many of the negated questions are kept, the others being drawn again.
     """
-    scene = sample_scene(rng, kind)
+    skills, weights = list(kind.skills), list(kind.skills.values())
+    first = rng.choices(skills, weights)[0]
+    scene = sample_level_scene(rng, kind.level, first)
     picture = tile(draw(scene, rng, size), size)
     turns: list[Turn] = []
-    while len(turns) < n_questions:
-        question = questions(scene, rng, 1)[0]
-        if not negated(question.text) or rng.random() < negated_share:
+    while len(turns) < kind.questions:
+        skill = rng.choices(skills, weights)[0]
+        question = level_question(scene, rng, kind.level, skill)
+        if question and (not negated(question.text) or rng.random() < negated_share):
             turns.append((question.text, question.answer))
     dialogues = [[turn] for turn in turns]
     if len(turns) > 2 and rng.random() < 0.25:  # follow-up questions of one conversation
         dialogues = [turns[:2], *[[turn] for turn in turns[2:]]]
     if rng.random() < describe_share:
         dialogues[-1] = [(DESCRIBE_PROMPT, ordered_description(scene))]
-    return Sample(picture, dialogues)
+    return Sample(picture, dialogues, _cells(scene))
+
+
+def _cells(scene: Scene) -> dict[str, int]:
+    names = Counter(item.name for item in scene.items)
+    return {
+        item.name: 3 * ROWS.index(item.row) + COLUMNS.index(item.column)
+        for item in scene.items
+        if names[item.name] == 1
+    }
 
 
 def vary(sample: Sample, rng: random.Random, n_dialogues: int, negated_share: float = 1.0) -> Sample:
@@ -137,23 +175,24 @@ def pack(samples: Sequence[Sample], tokenizer: Tokenizer, token_rows: int) -> Pa
     width = max(len(row[0]) for row in rows)
     columns = []
     for values, filler in zip(
-        zip(*rows, strict=True), (tokenizer.pad_id, 0, -1, False, False, -1), strict=True
+        zip(*rows, strict=True), (tokenizer.pad_id, 0, -1, False, False, -1, -1), strict=True
     ):
         columns.append(torch.tensor([list(value) + [filler] * (width - len(value)) for value in values]))
-    tokens, positions, documents, image, loss_mask, present = columns
+    tokens, positions, documents, image, loss_mask, present, cell = columns
     starts = image.int().argmax(dim=1)
     tiles = torch.stack([sample.tile for sample in samples])
-    return Packed(tiles, tokens, positions, documents, image, loss_mask, present, starts)
+    return Packed(tiles, tokens, positions, documents, image, loss_mask, present, cell, starts)
 
 
 def _pack_row(
     sample: Sample, tokenizer: Tokenizer, token_rows: int
-) -> tuple[list[int], list[int], list[int], list[bool], list[bool], list[int]]:
+) -> tuple[list[int], list[int], list[int], list[bool], list[bool], list[int], list[int]]:
     tokens: list[int] = []
     positions: list[int] = []
     documents: list[int] = []
     loss_mask: list[bool] = []
     present: list[int] = []
+    cell: list[int] = []
     n_prefix = 0
     placeholder = Image(b"")
     for number, turns in enumerate(sample.dialogues, start=1):
@@ -163,15 +202,17 @@ def _pack_row(
             tokens = rendered.ids[:split] + [tokenizer.image_id] * token_rows
             n_prefix = len(tokens)
             positions = list(range(n_prefix))
-            documents, loss_mask, present = [0] * n_prefix, [False] * n_prefix, [-1] * n_prefix
+            documents, loss_mask = [0] * n_prefix, [False] * n_prefix
+            present, cell = [-1] * n_prefix, [-1] * n_prefix
         rest = rendered.ids[split + 1 :]
         tokens += rest
         positions += range(n_prefix, n_prefix + len(rest))
         documents += [number] * len(rest)
         loss_mask += rendered.loss_mask[split + 1 :]
         present += _asked_presence(turns[0], tokenizer, len(rest))
+        cell += _named_cells(turns[0][0], sample.cells, tokenizer, len(rest))
     image = [n_prefix - token_rows <= i < n_prefix for i in range(len(tokens))]
-    return tokens, positions, documents, image, loss_mask, present
+    return tokens, positions, documents, image, loss_mask, present, cell
 
 
 def _asked_presence(turn: Turn, tokenizer: Tokenizer, length: int) -> list[int]:
@@ -182,4 +223,14 @@ def _asked_presence(turn: Turn, tokenizer: Tokenizer, length: int) -> list[int]:
     if answer in ("yes", "no") and len(asked) == 1:
         end = question.index(asked[0]) + len(asked[0])
         labels[len(tokenizer.encode(question[:end])) - 1] = int((answer == "yes") != negated(question))
+    return labels
+
+
+def _named_cells(question: str, cells: Mapping[str, int], tokenizer: Tokenizer, length: int) -> list[int]:
+    """`Packed.cell` of a dialogue of that many tokens, which begins with the question."""
+    labels = [-1] * length
+    for name, cell in cells.items():
+        if name in question:
+            end = question.index(name) + len(name)
+            labels[len(tokenizer.encode(question[:end])) - 1] = cell
     return labels

@@ -5,6 +5,7 @@ come with Pillow, so the same seed gives the same picture everywhere.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,7 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from core_llm.data.scenes import COLORS, COLUMNS, ROWS, SHAPES, Item, Scene
+from core_llm.data.levels import TALLEST
+from core_llm.data.scenes import COLORS, COLUMNS, ROWS, SHAPES, Bar, Item, Scene
 
 RGB = {
     "red": (255, 0, 0),
@@ -24,6 +26,7 @@ RGB = {
     "black": (0, 0, 0),
     "teal": (0, 128, 128),
 }
+FORMS = (*SHAPES, "bar")
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 _INKS = ("black", "blue", "red", "brown", "teal")  # of words
 _REFERENCE = 64  # font size in pixels at which words are measured
@@ -39,9 +42,9 @@ _EXTENT = {
 
 @dataclass(frozen=True)
 class Box:
-    """Where an item or a letter is drawn, in 64ths of the picture's side."""
+    """Where an item, a bar or a letter is drawn, in 64ths of the picture's side."""
 
-    item: Item | str
+    item: Item | Bar | str
     left: float
     top: float
     width: float
@@ -67,9 +70,10 @@ class Lettering:
 class Layout:
     """Everything in a picture with its place."""
 
-    boxes: tuple[Box, ...]  # of items
-    lettering: Lettering | None
-    letters: tuple[Box, ...]
+    boxes: tuple[Box, ...]  # of items and bars
+    lettering: tuple[Lettering, ...] = ()
+    letters: tuple[Box, ...] = ()
+    grid: tuple[float, ...] = ()  # of a chart: heights of its base line and of each unit above it
 
 
 def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
@@ -79,11 +83,27 @@ def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
 
 def layout(scene: Scene, rng: random.Random) -> Layout:
     """A place for everything: an item's centre lies in its cell of the 3 × 3 grid, and no two items touch."""
-    boxes = tuple(_place(item, len(scene.items) == 1, rng) for item in scene.items)
-    if scene.word is None:
-        return Layout(boxes, None, ())
-    lettering = _place_word(scene.word, rng)
-    return Layout(boxes, lettering, _letter_boxes(lettering))
+    if scene.bars:
+        return _place_bars(scene.bars, rng)
+    if scene.word is not None:
+        words = scene.word.split()
+        lettering = tuple(_place_word(word, i, len(words), rng) for i, word in enumerate(words))
+        return Layout((), lettering, tuple(box for word in lettering for box in _letter_boxes(word)))
+    return Layout(tuple(_place(item, len(scene.items) == 1, rng) for item in scene.items))
+
+
+def _place_bars(bars: Sequence[Bar], rng: random.Random) -> Layout:
+    """Bars of one width on one base line; a unit is the same everywhere in the picture."""
+    unit = rng.uniform(7.0, 9.0)
+    base = rng.uniform(unit * TALLEST + 3, 61)
+    left, right = rng.uniform(2, 8), rng.uniform(56, 62)
+    slot = (right - left) / len(bars)
+    width = slot * rng.uniform(0.5, 0.8)
+    boxes = tuple(
+        Box(bar, left + slot * i + (slot - width) / 2, base - unit * bar.height, width, unit * bar.height)
+        for i, bar in enumerate(bars)
+    )
+    return Layout(boxes, grid=tuple(base - unit * i for i in range(TALLEST + 1)))
 
 
 def _place(item: Item, alone: bool, rng: random.Random) -> Box:
@@ -118,11 +138,13 @@ def draw_layout(plan: Layout, rng: random.Random, size: int = 64) -> Image.Image
     side = round(64 * scale)
     image = Image.new("RGB", (side, side), background)
     pen = ImageDraw.Draw(image)
+    for i, height in enumerate(plan.grid):
+        shade = (90, 90, 90) if i == 0 else (205, 205, 205)
+        pen.line([(0, round(height * scale)), (side, round(height * scale))], fill=shade, width=round(scale))
     for box in plan.boxes:
-        assert isinstance(box.item, Item)
+        assert isinstance(box.item, (Item, Bar))
         _draw_item(pen, box, scale, _shade(RGB[box.item.color], 24 if smooth else 0, rng))
-    if plan.lettering is not None:
-        word = plan.lettering
+    for word in plan.lettering:
         color = RGB[rng.choice(_INKS)]
         start = (round(word.left * scale), round(word.top * scale))
         pen.text(start, word.text, fill=color, font=_font(max(1, round(word.font_size * scale))))
@@ -136,10 +158,10 @@ def _shade(color: tuple[int, int, int], spread: int, rng: random.Random) -> tupl
 def _draw_item(pen: ImageDraw.ImageDraw, box: Box, scale: float, color: tuple[int, ...]) -> None:
     left, top = round(box.left * scale), round(box.top * scale)
     right, bottom = round((box.left + box.width) * scale) - 1, round((box.top + box.height) * scale) - 1
-    shape = box.item.shape if isinstance(box.item, Item) else ""
+    shape = box.item.shape if isinstance(box.item, Item) else "bar"
     if shape == "circle":
         pen.ellipse((left, top, right, bottom), fill=color)
-    elif shape == "rectangle":
+    elif shape in ("rectangle", "bar"):
         pen.rectangle((left, top, right, bottom), fill=color)
     else:
         pen.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=color)
@@ -150,14 +172,15 @@ def _font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(pixels)
 
 
-def _place_word(word: str, rng: random.Random) -> Lettering:
-    """Lower case or capitals, 60 to 90 % of the width but at most a third of the height, anywhere."""
+def _place_word(word: str, line: int, lines: int, rng: random.Random) -> Lettering:
+    """Lower case or capitals, at most 90 % of the width and a third of the height, anywhere in its line."""
     text = word.upper() if rng.random() < 0.3 else word
     left, top, right, bottom = _font(_REFERENCE).getbbox(text)
     font_size = min(21.0, 64 * rng.uniform(0.6, 0.9) * _REFERENCE / (right - left))
     scale = font_size / _REFERENCE
     x = rng.uniform(0.02, 0.98) * (64 - (right - left) * scale) - left * scale
-    y = rng.uniform(0.02, 0.98) * (64 - (bottom - top) * scale) - top * scale
+    room = 64 / lines
+    y = line * room + rng.uniform(0.02, 0.98) * (room - (bottom - top) * scale) - top * scale
     return Lettering(text, x, y, font_size)
 
 
@@ -182,15 +205,16 @@ def _letter_boxes(word: Lettering) -> tuple[Box, ...]:
 def patch_labels(plan: Layout, patches: int) -> tuple[Tensor, Tensor, Tensor]:
     """Colour, shape and letter under each of patches × patches squares: long [patches, patches] each.
 
-    0 is background, else the index in COLORS, SHAPES or the alphabet plus one. A patch belongs to what its
+    0 is background, else the index in COLORS, FORMS or the alphabet plus one. A patch belongs to what its
     middle lies in; the patch at the centre of a box always does.
     """
     colors, shapes, letters = (torch.zeros(patches, patches, dtype=torch.long) for _ in range(3))
     for box in (*plan.boxes, *plan.letters):
         under = _patches_under(box, patches)
-        if isinstance(box.item, Item):
+        if isinstance(box.item, (Item, Bar)):
+            form = box.item.shape if isinstance(box.item, Item) else "bar"
             colors[under] = COLORS.index(box.item.color) + 1
-            shapes[under] = SHAPES.index(box.item.shape) + 1
+            shapes[under] = FORMS.index(form) + 1
         else:
             letters[under] = ALPHABET.index(box.item) + 1
     return colors, shapes, letters

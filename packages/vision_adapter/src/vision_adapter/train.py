@@ -4,7 +4,6 @@ Axes: B pictures, T text positions, N answer tokens, C core width.
 """
 
 import random
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core_llm.adapters import Spans
-from core_llm.data.scenes import COLORS, KINDS, SHAPES, SKILLS, WORDS, questions, sample_scene
+from core_llm.data.levels import LEVELS, ask, sample_level_scene
+from core_llm.data.scenes import COLORS, COLUMNS, ROWS, WORDS
 from core_llm.kernels import Mask
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
@@ -23,8 +23,8 @@ from core_llm.train.fit import FitConfig, fit
 from vision_adapter.adapter import ImageMemory, VisionAdapter
 from vision_adapter.encoder import Encoder
 from vision_adapter.images import tile
-from vision_adapter.samples import Packed, Sample, easy_vqa, pack, scene_sample, vary
-from vision_adapter.scenes import ALPHABET, draw, draw_layout, layout, patch_labels
+from vision_adapter.samples import KINDS, Packed, Sample, easy_vqa, pack, scene_sample, vary
+from vision_adapter.scenes import ALPHABET, FORMS, draw, draw_layout, layout, patch_labels
 
 _NEVER = torch.iinfo(torch.long).max
 
@@ -37,16 +37,18 @@ class Recipe:
     warm_up_steps: int = 450  # encoder alone
     warm_up_pictures: int = 64
     warm_up_lr: float = 2e-3
-    warm_up_kind_shares: tuple[float, ...] = (0.3, 0.35, 0.35)  # single, several, word
     pictures: int = 32  # per step of the adapter
-    easy_share: float = 0.45  # of the pictures, where easy-VQA is at hand
-    kind_shares: tuple[float, ...] = (0.4, 0.3, 0.3)  # of the drawn ones: single, several, word
+    easy_share: float = 0.2  # of the pictures, where easy-VQA is at hand
+    kind_shares: tuple[float, ...] = (0.2, 0.4, 0.2, 0.2, 0.0, 0.0, 0.0)  # of the drawn ones, as in `KINDS`
     dialogues: int = 5  # per picture
     describe_share: float = 0.2
     lr: float = 1e-3
     negation_from: float = 0.2  # negated questions: kept at this rate at first, ...
     negation_until: float = 0.3  # ... all of them from this share of the steps on (see `negated_share`)
-    presence_weight: float = 1.0  # of the auxiliary loss (see `VisionTask.presence_loss`)
+    presence_weight: float = 1.0  # of an auxiliary loss (see `VisionTask.presence_loss`)
+    cell_weight: float = 1.0  # of another (see `VisionTask.cell_loss`)
+    reader_weight: float = 0.5  # of a third (see `VisionTask.reader_loss`)
+    held_out: int = 192  # drawn pictures per skill on which it is measured
     gate_lr_scale: float = 30.0  # at the base rate the gates, zero at first, hold everything back
     encoder_lr_scale: float = 0.3
 
@@ -58,7 +60,7 @@ class EncoderTask:
 
     def __init__(self, encoder: Encoder, size: int, seed: int, recipe: Recipe) -> None:
         dim = encoder.norm.normalized_shape[0]
-        sizes = {"color": len(COLORS), "shape": len(SHAPES), "letter": len(ALPHABET), "word": len(WORDS)}
+        sizes = {"color": len(COLORS), "shape": len(FORMS), "letter": len(ALPHABET), "word": len(WORDS)}
         self.encoder = encoder
         self.heads = nn.ModuleDict(
             {name: nn.Linear(dim, n + 1) for name, n in sizes.items()}
@@ -78,10 +80,11 @@ class EncoderTask:
         rng = random.Random(f"{self.seed} {self.name} {step}")
         rows = []
         for _ in range(self.recipe.warm_up_pictures):
-            scene = sample_scene(rng, rng.choices(KINDS, self.recipe.warm_up_kind_shares)[0])
+            kind = KINDS[rng.choices(list(KINDS), self.recipe.kind_shares)[0]]
+            scene = sample_level_scene(rng, kind.level, next(iter(kind.skills)))
             plan = layout(scene, rng)
             labels = [label.flatten() for label in patch_labels(plan, self.size // 8)]
-            word = torch.tensor(WORDS.index(scene.word) + 1 if scene.word else 0)
+            word = torch.tensor(WORDS.index(scene.word) + 1 if scene.word in WORDS else 0)
             rows.append((tile(draw_layout(plan, rng, self.size), self.size), *labels, word))
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
@@ -120,21 +123,26 @@ class VisionTask:
     ) -> None:
         self.core, self.tokenizer, self.adapter = core.requires_grad_(False), tokenizer, adapter
         self.easy, self.seed, self.recipe = easy, seed, recipe
-        self.probes = nn.ModuleDict({name: nn.Linear(core.config.dim, 1) for name in adapter.cross_attention})
-        self.probes.to(core.embed_tokens.weight.device)
+        dim, device = core.config.dim, core.embed_tokens.weight.device
+        self.probes, self.cell_probes, self.readers = (
+            nn.ModuleDict({name: nn.Linear(dim, width) for name in adapter.cross_attention}).to(device)
+            for width in (1, len(ROWS) * len(COLUMNS), dim)
+        )
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The adapter, and the probes that are thrown away afterwards; the core is never touched."""
-        return {"adapter": self.adapter, "probes": self.probes}
+        helpers = {"probes": self.probes, "cell_probes": self.cell_probes, "readers": self.readers}
+        return {"adapter": self.adapter, **helpers}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Gates much faster than the rest, the warmed-up encoder slower."""
         named = list(self.adapter.named_parameters())
+        helpers = [p for m in (self.probes, self.cell_probes, self.readers) for p in m.parameters()]
         gates = [p for name, p in named if name.endswith("_gate")]
         encoder = [p for name, p in named if name.startswith("encoder.")]
         rest = [p for name, p in named if not name.endswith("_gate") and not name.startswith("encoder.")]
         return [
-            {"params": [*rest, *self.probes.parameters()]},
+            {"params": [*rest, *helpers]},
             {"params": encoder, "lr_scale": self.recipe.encoder_lr_scale},
             {"params": gates, "lr_scale": self.recipe.gate_lr_scale},
         ]
@@ -149,9 +157,8 @@ class VisionTask:
             if self.easy.get("train") and rng.random() < recipe.easy_share:
                 sample = vary(rng.choice(self.easy["train"]), rng, recipe.dialogues, negated_share)
             else:
-                kind = rng.choices(KINDS, recipe.kind_shares)[0]
-                n = 2 if kind == "word" else recipe.dialogues
-                sample = scene_sample(kind, rng, size, n, recipe.describe_share, negated_share)
+                kind = KINDS[rng.choices(list(KINDS), recipe.kind_shares)[0]]
+                sample = scene_sample(kind, rng, size, recipe.describe_share, negated_share)
                 sample = vary(sample, rng, recipe.dialogues)
             samples.append(sample)
         return pack(samples, self.tokenizer, self.adapter.config.token_rows)
@@ -171,9 +178,40 @@ class VisionTask:
         logits, targets, _ = self.answer_logits(batch, seen=seen)
         loss = F.cross_entropy(logits.float(), targets)
         figures = {"token_accuracy": (logits.argmax(-1) == targets).float().mean().item()}
-        auxiliary, accuracy = self.presence_loss(seen, batch.present.to(loss.device))
-        figures |= {"answer_loss": loss.item(), "presence": accuracy, **self.adapter.gates()}
-        return loss + self.recipe.presence_weight * auxiliary, figures
+        figures |= {"answer_loss": loss.item(), **self.adapter.gates()}
+        presence, figures["presence"] = self.presence_loss(seen, batch.present.to(loss.device))
+        cell, figures["cell"] = self.cell_loss(seen, batch.cell.to(loss.device))
+        recipe = self.recipe
+        loss = loss + recipe.presence_weight * presence + recipe.cell_weight * cell
+        if recipe.reader_weight:
+            reading, figures["reader_loss"] = self.reader_loss(seen, batch.loss_mask, targets)
+            loss = loss + recipe.reader_weight * reading
+        return loss, figures
+
+    def cell_loss(self, seen: Mapping[int, Tensor], cell: Tensor) -> tuple[Tensor, float]:
+        """Where is the item that a question names? Read off its last token, as in `presence_loss`."""
+        where = cell >= 0
+        if not where.any():
+            return torch.zeros((), device=cell.device), 1.0
+        losses, accuracy = [], 0.0
+        for layer, hidden in seen.items():
+            normed = F.rms_norm(hidden[where].float(), hidden.shape[-1:])
+            logits = self.cell_probes[str(layer)](normed).float()
+            losses.append(F.cross_entropy(logits, cell[where]))
+            accuracy = max(accuracy, (logits.argmax(-1) == cell[where]).float().mean().item())
+        return torch.stack(losses).mean(), accuracy
+
+    def reader_loss(
+        self, seen: Mapping[int, Tensor], loss_mask: Tensor, targets: Tensor
+    ) -> tuple[Tensor, float]:
+        """The answer, read off each cross-attention block by a linear map and the head of the core."""
+        row, position = loss_mask[:, 1:].nonzero(as_tuple=True)
+        losses = []
+        for layer, hidden in seen.items():
+            mapped = self.readers[str(layer)](F.rms_norm(hidden[row, position].float(), hidden.shape[-1:]))
+            losses.append(F.cross_entropy(self.core.logits(mapped).float(), targets))
+        loss = torch.stack(losses).mean()
+        return loss, loss.item()
 
     def presence_loss(self, seen: Mapping[int, Tensor], present: Tensor) -> tuple[Tensor, float]:
         """Is the colour or shape that a question names in the picture? Read off the word's own hidden state.
@@ -248,7 +286,8 @@ class VisionTask:
         if self.easy.get("dev"):
             figures["easy_vqa"] = self.exact_match(self.easy["dev"])
             figures["easy_vqa_shuffled"] = self.exact_match(self.easy["dev"], shuffled=True)
-        for skill, samples in skill_samples(self.adapter.config.image_size, self.seed).items():
+        size = self.adapter.config.image_size
+        for skill, samples in skill_samples(size, self.seed, self.recipe.held_out).items():
             figures[skill] = self.exact_match(samples)
             figures[f"{skill}_shuffled"] = self.exact_match(samples, shuffled=True)
         return figures
@@ -264,17 +303,19 @@ def _recorded(
     return call
 
 
-def skill_samples(size: int, seed: int, per_skill: int = 192) -> dict[str, list[Sample]]:
-    """Drawn pictures of no training step with one question each, by skill."""
-    rng = random.Random(f"{seed} held out")
-    found: dict[str, list[Sample]] = defaultdict(list)
-    while any(len(found[skill]) < per_skill for skill in SKILLS):
-        scene = sample_scene(rng, rng.choices(KINDS, (3, 6, 1))[0])
-        question = questions(scene, rng, 1)[0]
-        if len(found[question.skill]) < per_skill:
-            picture = tile(draw(scene, rng, size), size)
-            found[question.skill].append(Sample(picture, [[(question.text, question.answer)]]))
-    return {skill: found[skill] for skill in SKILLS}
+def skill_samples(size: int, seed: int, per_skill: int) -> dict[str, list[Sample]]:
+    """Drawn pictures of no training step with one question each, by level and skill."""
+    found: dict[str, list[Sample]] = {}
+    for level, shape in LEVELS.items():
+        for skill in shape.skills:
+            rng = random.Random(f"{seed} held out {level} {skill}")
+            rows = []
+            for _ in range(per_skill):
+                scene, (question,) = ask(rng, level, skill)
+                picture = tile(draw(scene, rng, size), size)
+                rows.append(Sample(picture, [[(question.text, question.answer)]]))
+            found[f"{level}-{skill}"] = rows
+    return found
 
 
 def train(

@@ -20,7 +20,7 @@ from core_llm.data.scenes import (
     sample_scene,
 )
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS = NUMBERS
 REPEAT_PROMPT = "Repeat after me in English:"
 DESCRIBE_PROMPT = "Describe the image."
 _VERBS = ("turn", "move", "show", "find", "count", "open", "close", "stop", "start", "bring", "draw", "read")
@@ -53,7 +53,7 @@ def command_phrase(rng: random.Random) -> str:
         (
             f"{rng.choice(_VERBS)} the {thing} {rng.choice(_ADVERBS)}",
             f"please {rng.choice(_VERBS)} the {rng.choice(COLORS)} {thing}",
-            f"{rng.choice(_VERBS)} {rng.choice(NUMBERS[2:])} {thing}s {rng.choice(_ADVERBS)}",
+            f"{rng.choice(_VERBS)} {rng.choice(NUMBERS[2:7])} {thing}s {rng.choice(_ADVERBS)}",
             f"the {thing} is {rng.choice(COLORS)} and the {rng.choice(_THINGS)} is {rng.choice(COLORS)}",
             f"there is {article(rng.choice(COLORS))} {rng.choice(SHAPES)} "
             f"at the {rng.choice(ROWS)} {rng.choice(COLUMNS)}",

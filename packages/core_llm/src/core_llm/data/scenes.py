@@ -13,7 +13,7 @@ COLORS = ("red", "green", "blue", "yellow", "brown", "gray", "black", "teal")
 SIZES = ("small", "large")
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = (
     "apple", "bird", "boat", "book", "bread", "bus", "cake", "car", "cat", "chair", "cloud", "cup",
     "dog", "door", "fish", "flag", "frog", "hat", "home", "key", "lamp", "leaf", "moon", "open", "park",
@@ -48,11 +48,20 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """One bar of a chart; no two bars of a chart share a colour. height: 1 to 6 units."""
+
+    color: str
+    height: int
+
+
+@dataclass(frozen=True)
 class Scene:
-    """Shapes in different cells, or one written word."""
+    """Shapes in different cells, or written words one above the other, or the bars of a chart."""
 
     items: tuple[Item, ...]
     word: str | None = None
+    bars: tuple[Bar, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,12 +105,18 @@ def describe(scene: Scene, rng: random.Random) -> str:
 def questions(scene: Scene, rng: random.Random, n: int = 4) -> list[Question]:
     """n questions about the scene, drawn over the skills that it allows."""
     if scene.word is not None:
-        return [_word_question(scene.word, rng) for _ in range(n)]
+        return [word_question(scene.word, rng) for _ in range(n)]
     if len(scene.items) == 1:
         # Presence with negation is the hardest to learn about one shape, and most of easy-VQA.
-        makers = [_presence, _presence, _presence, _attribute, _place]
+        makers = [presence_question, presence_question, presence_question, attribute_question, place_question]
     else:
-        makers = [_presence, _count, _count, _attribute_of_one, _place]
+        makers = [
+            presence_question,
+            count_question,
+            count_question,
+            attribute_of_one_question,
+            place_question,
+        ]
     return [rng.choice(makers)(scene.items, rng) for _ in range(n)]
 
 
@@ -109,7 +124,7 @@ def presence_questions(
     scene: Scene, rng: random.Random, n: int = 4, negated_share: float = 0.3
 ) -> list[Question]:
     """n questions of easy-VQA's yes-or-no kinds about a scene of shapes."""
-    return [_presence(scene.items, rng, negated_share) for _ in range(n)]
+    return [presence_question(scene.items, rng, negated_share) for _ in range(n)]
 
 
 def checklist(scene: Scene, asked: Sequence[Question], rng: random.Random) -> str:
@@ -122,14 +137,16 @@ def checklist(scene: Scene, asked: Sequence[Question], rng: random.Random) -> st
     return ", ".join(f"{value}: {'yes' if value in present else 'no'}" for value in listed) + "."
 
 
-def _word_question(word: str, rng: random.Random) -> Question:
+def word_question(word: str, rng: random.Random) -> Question:
+    """Which word is written?"""
     text = rng.choice(
         ("what word is written?", "what does the sign say?", "read the word.", "which word is in the image?")
     )
     return Question(text, word, "word")
 
 
-def _attribute(items: Sequence[Item], rng: random.Random) -> Question:
+def attribute_question(items: Sequence[Item], rng: random.Random) -> Question:
+    """Colour or shape of the only item."""
     item = items[0]
     if rng.random() < 0.5:
         noun = rng.choice(("shape", item.shape))
@@ -146,7 +163,8 @@ def _attribute(items: Sequence[Item], rng: random.Random) -> Question:
     return Question(text, item.shape, "shape")
 
 
-def _presence(items: Sequence[Item], rng: random.Random, negated_share: float = 0.3) -> Question:
+def presence_question(items: Sequence[Item], rng: random.Random, negated_share: float = 0.3) -> Question:
+    """Is a colour or shape there, or not there?"""
     by_color = rng.random() < 0.6
     present = {item.color if by_color else item.shape for item in items}
     every = COLORS if by_color else SHAPES
@@ -178,7 +196,8 @@ def _presence(items: Sequence[Item], rng: random.Random, negated_share: float = 
     return Question(text, "yes" if truth else "no", "presence")
 
 
-def _count(items: Sequence[Item], rng: random.Random) -> Question:
+def count_question(items: Sequence[Item], rng: random.Random) -> Question:
+    """How many shapes, of one shape, or of one colour?"""
     way = rng.randrange(3)
     if way == 0:
         noun, n = "shapes", len(items)
@@ -192,7 +211,7 @@ def _count(items: Sequence[Item], rng: random.Random) -> Question:
     return Question(text, NUMBERS[n], "count")
 
 
-def _attribute_of_one(items: Sequence[Item], rng: random.Random) -> Question:
+def attribute_of_one_question(items: Sequence[Item], rng: random.Random) -> Question:
     """Colour by shape or shape by colour, where that names one item alone; else what stands at a place."""
     item = rng.choice(list(items))
     if sum(other.shape == item.shape for other in items) == 1 and rng.random() < 0.5:
@@ -203,9 +222,10 @@ def _attribute_of_one(items: Sequence[Item], rng: random.Random) -> Question:
     return Question(f"what is at the {item.place}?", f"{item.color} {item.shape}", "position")
 
 
-def _place(items: Sequence[Item], rng: random.Random) -> Question:
+def place_question(items: Sequence[Item], rng: random.Random) -> Question:
+    """Where is an item whose name is its own? Falls back to a count where every name is shared."""
     unique = [item for item in items if sum(other.name == item.name for other in items) == 1]
     if not unique:
-        return _count(items, rng)
+        return count_question(items, rng)
     item = rng.choice(unique)
     return Question(f"where is the {item.name}?", item.place, "position")
