@@ -13,7 +13,7 @@ from torch import Tensor
 
 from core_llm.adapters import Assistant
 from core_llm.chat import Image, Message, Text
-from core_llm.checkpoint import core_hash, load_core
+from core_llm.checkpoint import core_hash, load_core, save_core
 from core_llm.errors import CheckpointError, UserError
 from core_llm.model import Llama
 from core_llm.testing import tiny_core
@@ -129,6 +129,17 @@ def test_a_split_checkpoint_answers_as_the_fused_one_and_joins_again(
         convert_checkpoint(out, tmp_path / layout, layout, progress=False)  # type: ignore[arg-type]
         assert same(tmp_path / layout, fused[layout])
     assert (out / "core" / "LICENSE.txt").is_file()
+
+
+def test_an_adapter_beside_a_tied_core_becomes_one_checkpoint(
+    family: Family, fused: dict[str, Path], tmp_path: Path
+) -> None:
+    core, tokenizer, adapter = family
+    assert core.config.tied_embeddings
+    save_core(tmp_path / "m" / "core", core, tokenizer)
+    adapter.save(tmp_path / "m" / "vision_adapter", core)
+    convert_checkpoint(tmp_path / "m", tmp_path / "out", dtype=torch.bfloat16)
+    assert same(tmp_path / "out", fused["hf"])
 
 
 def test_a_split_model_answers_on_the_command_line(

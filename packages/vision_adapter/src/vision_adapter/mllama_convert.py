@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -109,7 +110,8 @@ def _join(
         raise UserError(f"{folder / ADAPTER}: has updates of its core; merge them into the core first")
     stored = core.embed_tokens.weight.dtype
     copies = n_shards if layout == "original" else 1
-    table = entries(adapter.config, core.config)
+    # A tied head is a tensor of its own in a fused checkpoint.
+    table = entries(adapter.config, replace(core.config, tied_embeddings=False))
     with _counted(table, stored, copies, progress, reader(core, adapter, stored)) as read:
         write_fused(
             target,
