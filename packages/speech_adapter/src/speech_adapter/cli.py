@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from core_llm import cli_tools
-from core_llm.errors import MediaError, UserError
+from core_llm.errors import UserError
+from speech_adapter.cli_transcribe import transcribe
 
 
 def train(
@@ -40,44 +38,6 @@ def train(
     for name, value in figures.items():
         print(f"{name}: {value:.4f}")
     print(f"adapter: {out}")
-
-
-def transcribe(
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional],
-    core: str = "nano",
-    adapter: str = "nano",
-    max_new_tokens: int = 64,
-) -> None:
-    """Write down what is said in audio files (WAV, FLAC, OGG, Opus, MP3): one line per file.
-
-    A file that cannot be read gets an error line on stderr; the others are still transcribed, and the exit
-    status is 2.
-
-    Args:
-        files: audio files.
-        core: "nano" or a folder with a core.
-        adapter: "nano" or a folder with a speech adapter for that core.
-        max_new_tokens: longest transcript, in tokens of the core.
-    """
-    if not files:
-        raise UserError("give at least one audio file: speech-adapter transcribe FILE...")
-    import sys
-
-    from core_llm.checkpoint import load_core
-    from speech_adapter.adapter import load
-    from speech_adapter.transcribe import transcribe_file
-
-    llama, tokenizer = load_core(core)
-    speech = load(adapter, llama)
-    failed = 0
-    for file in files:
-        try:
-            print(f"{file}: {transcribe_file(file, llama, tokenizer, speech, max_new_tokens)}", flush=True)
-        except MediaError as error:
-            failed += 1
-            print(f"error: {error}", file=sys.stderr)
-    if failed:
-        sys.exit(2)
 
 
 def main() -> None:
