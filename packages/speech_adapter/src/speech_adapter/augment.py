@@ -5,13 +5,15 @@ Waveforms are float32 mono at 16 kHz [N]; every function takes its random genera
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from core_llm.errors import UserError
 from speech_adapter.audio import SAMPLE_RATE
 from speech_adapter.features import band_centres
 
@@ -151,3 +153,67 @@ def mask_features(
             start = int(rng.integers(0, n - width + 1))
             clip[start : start + width] = fill
     return masked
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """What the stages vary, off unless asked for: torchaudio's speed, noise and SpecAugment."""
+
+    speeds: tuple[float, ...] = (1.0,)  # factors, one is drawn for each clip (Ko et al. 2015: 0.9, 1, 1.1)
+    noise: float = 0.0  # probability, per clip
+    noise_snr_db: tuple[float, float] = (5.0, 40.0)
+    frequency_masks: int = 0
+    frequency_width: int = 27  # at most so many mel bands each (arXiv 1904.08779, policy LD)
+    time_masks: int = 0
+    time_width: int = 100  # at most so many frames of 10 ms each
+    time_share: float = 0.2  # at most this part of the clip each
+
+    def waveform(self, samples: Waveform, rng: np.random.Generator) -> Waveform:
+        """The clip at another speed and with coloured noise; the same array where neither is on."""
+        with torch.autocast("cpu", enabled=False):  # the stages run in one, and sound is not for bf16
+            return self._waveform(samples, rng)
+
+    def _waveform(self, samples: Waveform, rng: np.random.Generator) -> Waveform:
+        from torchaudio import functional
+
+        factor = float(rng.choice(self.speeds))
+        if factor != 1.0:
+            samples = functional.speed(torch.from_numpy(samples), SAMPLE_RATE, factor)[0].numpy()
+        if self.noise and rng.random() < self.noise:
+            noise = torch.from_numpy(coloured_noise(len(samples), rng))
+            snr = torch.tensor(rng.uniform(*self.noise_snr_db))
+            samples = functional.add_noise(torch.from_numpy(samples), noise, snr).float().numpy()
+        return samples
+
+    def features(self, log_mel: Tensor, frames: Tensor, seeds: Sequence[int]) -> Tensor:
+        """SpecAugment of each clip of [P, F, M] by its own seed, its `frames` [P] real ones alone."""
+        if not self.frequency_masks and not self.time_masks:
+            return log_mel
+        from torchaudio.transforms import SpecAugment
+
+        mask = SpecAugment(
+            self.time_masks, self.time_width, self.frequency_masks, self.frequency_width, p=self.time_share
+        )
+        masked = log_mel.clone()
+        with torch.random.fork_rng(devices=[]):  # torchaudio draws from the global generator
+            for clip, n, seed in zip(masked, frames.tolist(), seeds, strict=True):
+                torch.manual_seed(seed)
+                clip[:n] = mask(clip[:n].T[None])[0].T
+        return masked
+
+
+PERTURBATIONS: dict[str, dict[str, Any]] = {
+    "spec": {"frequency_masks": 2, "time_masks": 2},
+    "speed": {"speeds": (0.9, 1.0, 1.1)},
+    "noise": {"noise": 0.5},
+}
+
+
+def perturbation(names: Sequence[str]) -> Perturbation:
+    """The named ones together; raises `UserError` that lists what there is."""
+    chosen: dict[str, Any] = {}
+    for name in names:
+        if name not in PERTURBATIONS:
+            raise UserError(f"unknown augmentation '{name}'; known: {', '.join(PERTURBATIONS)}")
+        chosen |= PERTURBATIONS[name]
+    return Perturbation(**chosen)

@@ -55,7 +55,7 @@ class EmbeddingCTC(nn.Module):
 
     def loss(self, x: Tensor, lengths: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
         """Mean CTC loss in nats per target token; clips too short for their text count as zero."""
-        return _ctc(self(x), lengths, targets, self.blank_id)
+        return ctc_loss(self(x), lengths, targets, self.blank_id)
 
     def decode(self, x: Tensor, lengths: Tensor) -> list[list[int]]:
         """Greedy decoding: the best token of each frame, repeats merged, blanks dropped."""
@@ -124,8 +124,44 @@ class PhonemeHead(nn.Module):
         return total / max(1, int((target != _NO_LABEL).sum()))
 
 
-def _ctc(log_probs: Tensor, lengths: Tensor, targets: Sequence[Sequence[int]], blank: int) -> Tensor:
+class CharacterCTC(nn.Module):
+    """CTC over characters on the encoder's own frames of 40 ms; a scaffold for warming an encoder up.
+
+    One letter takes longer than 40 ms, so that every text has room; case is not heard, and is left out.
+    """
+
+    def __init__(self, dim: int, alphabet: Sequence[str]) -> None:
+        super().__init__()
+        self.alphabet = tuple(alphabet)
+        self.index = {character: i for i, character in enumerate(self.alphabet)}
+        self.out = nn.Linear(dim, len(self.alphabet) + 1)
+
+    def targets(self, text: str) -> list[int]:
+        """Indices of the characters of a text; those outside the alphabet are left out."""
+        return [self.index[character] for character in text.lower() if character in self.index]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[P, S, E] → log-probabilities fp32 [P, S, characters + 1], the blank last."""
+        return self.out(hidden).float().log_softmax(dim=-1)
+
+    def loss(self, hidden: Tensor, lengths: Tensor, texts: Sequence[str]) -> Tensor:
+        """Mean CTC loss in nats per character; clips too short for their text count as zero."""
+        targets = [self.targets(text) for text in texts]
+        return ctc_loss(self(hidden), lengths, targets, len(self.alphabet))
+
+    def decode(self, hidden: Tensor, lengths: Tensor) -> list[str]:
+        """Greedy decoding."""
+        best = self(hidden).argmax(dim=-1)
+        rows = []
+        for row, length in zip(best, lengths.tolist(), strict=True):
+            merged = torch.unique_consecutive(row[:length]).tolist()
+            rows.append("".join(self.alphabet[i] for i in merged if i < len(self.alphabet)))
+        return rows
+
+
+def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Sequence[Sequence[int]], blank: int) -> Tensor:
+    """Mean over clips of the loss per target; log_probs [P, S, V + 1], lengths [P] real frames of each."""
     device = log_probs.device
-    flat = torch.tensor([token for target in targets for token in target], device=device)
+    flat = torch.tensor([token for target in targets for token in target], dtype=torch.long, device=device)
     sizes = torch.tensor([len(target) for target in targets], device=device)
     return F.ctc_loss(log_probs.transpose(0, 1), flat, lengths, sizes, blank=blank, zero_infinity=True)

@@ -25,14 +25,14 @@ from core_llm.errors import UserError
 INSTALL_HINT = "no speech synthesis: install it with pip install 'speech-adapter[espeak]'"
 
 _TRAIN_ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-us-nyc", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
-_TRAIN_TIMBRES = (
+TRAIN_TIMBRES = (
     "", "+m1", "+m2", "+m3", "+m5", "+m6", "+m8", "+f1", "+f2", "+f4", "+f5", "+klatt", "+klatt3",
     "+Alex", "+Alicia", "+Andrea", "+Annie", "+Gene", "+Hugo", "+Jacky", "+Lee", "+Marco", "+Michael",
     "+Denis", "+adam", "+anika", "+belinda", "+benjamin", "+boris", "+caleb", "+david", "+ed",
     "+edward", "+grandma", "+ian", "+iven", "+john", "+linda", "+max", "+norbert", "+paul", "+quincy",
     "+rob", "+steph", "+travis", "+zac",
 )  # fmt: skip
-TRAIN_VOICES: tuple[str, ...] = tuple(a + t for t in _TRAIN_TIMBRES for a in _TRAIN_ACCENTS)
+TRAIN_VOICES: tuple[str, ...] = tuple(a + t for t in TRAIN_TIMBRES for a in _TRAIN_ACCENTS)
 # No timbre and, in half of them, no accent of these is used in training.
 HELD_OUT_VOICES: tuple[str, ...] = (
     "en-us+m4", "en-us+f3", "en+m7", "en+f3", "en-us+steph2", "en+robert",
@@ -186,6 +186,18 @@ def speak(text: str, voice: str = "en-us", speed: int = 165, pitch: int = 50) ->
         engine = _engine()
         samples = engine.speak(Utterance(text, voice, speed, pitch))
         return samples.astype(np.float32) / 32768.0, engine.rate
+
+
+def speak_one(utterance: Utterance, seed: int) -> tuple[np.ndarray, int]:
+    """int16 mono samples [N] and their rate; like `speak`, with range, and empty where nothing is said.
+
+    seed: of the noise of some voices, which espeak-ng otherwise seeds by the clock. The flutter of others
+    still runs on from what this process said before.
+    """
+    with _lock:
+        engine = _engine()
+        engine.library.espeak_ng_SetRandSeed(seed & 0x7FFFFFFF)
+        return engine.speak(utterance), engine.rate
 
 
 def _speak_at(utterance: Utterance, rate: int) -> Speech:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core_llm.adapters import Assistant, Spans
+from core_llm.adapters import Assistant
 from core_llm.chat import Audio, Message, Text
 from core_llm.checkpoint import core_hash, load_core
 from core_llm.model import Llama
@@ -37,6 +37,7 @@ from speech_adapter.corpus import (
     recorded_digits,
 )
 from speech_adapter.ctc import PhonemeHead
+from speech_adapter.recording import RecordingAdapter
 
 
 @dataclass(frozen=True)
@@ -72,38 +73,6 @@ class SpeechBatch:
 
     step: int
     examples: list[Example]
-
-
-class RecordingAdapter:
-    """An Adapter that masks features and keeps the encoded clips, so that CTC needs no second pass."""
-
-    part: type = Audio
-
-    def __init__(self, adapter: SpeechAdapter, rng: np.random.Generator, settings: Augmentation) -> None:
-        self.adapter = adapter
-        self.rng = rng
-        self.settings = settings
-        self.memory: SpeechMemory | None = None
-
-    def preprocess(self, parts: Sequence[Any]) -> SpeechInputs:
-        """Features under SpecAugment."""
-        inputs = self.adapter.preprocess(parts)
-        stretched = stretch_formants(inputs.log_mel, self.rng, self.settings)
-        masked = mask_features(stretched, inputs.frames, self.rng, self.settings)
-        return SpeechInputs(masked, inputs.frames)
-
-    def encode(self, inputs: SpeechInputs) -> SpeechMemory:
-        """Encode and remember."""
-        self.memory = self.adapter.encode(inputs)
-        return self.memory
-
-    def place(self, memory: SpeechMemory) -> list[Tensor]:
-        """As the adapter does."""
-        return self.adapter.place(memory)
-
-    def interleave(self, memory: SpeechMemory, spans: Spans) -> Mapping[int, Any]:
-        """As the adapter does."""
-        return self.adapter.interleave(memory, spans)
 
 
 class EncoderTask:
@@ -186,7 +155,13 @@ class EncoderTask:
 
     def _view(self, batch: SpeechBatch) -> tuple[RecordingAdapter, list[Audio]]:
         rng = np.random.default_rng((self.seed, batch.step, 1))
-        view = RecordingAdapter(self.adapter, rng, self.recipe.augmentation)
+        settings = self.recipe.augmentation
+
+        def disturb(inputs: SpeechInputs) -> SpeechInputs:
+            stretched = stretch_formants(inputs.log_mel, rng, settings)
+            return SpeechInputs(mask_features(stretched, inputs.frames, rng, settings), inputs.frames)
+
+        view = RecordingAdapter(self.adapter, disturb)
         return view, [Audio(example.waveform, SAMPLE_RATE) for example in batch.examples]
 
     def _hearing(self, batch: SpeechBatch, memory: SpeechMemory) -> tuple[Tensor, dict[str, float]]:

@@ -1,0 +1,140 @@
+"""What the stages do alike: draw clips, disturb them, and sum the losses of micro-batches.
+
+Axes: P clips, F feature frames (10 ms), M bands.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from core_llm.chat import Audio
+from core_llm.train.accumulate import accumulated, split
+from core_llm.train.answers import picked
+from speech_adapter.adapter import SpeechAdapter, SpeechInputs
+from speech_adapter.audio import SAMPLE_RATE, decode
+from speech_adapter.augment import Perturbation
+from speech_adapter.examples import Asked, Example
+
+Item = TypeVar("Item", Example, Asked)
+
+
+class Clip(Generic[Item]):
+    """One example of one step, decoded and disturbed when it is first looked at: a function of its seed."""
+
+    def __init__(self, item: Item, seed: Sequence[int], perturbation: Perturbation) -> None:
+        self.item: Item = item
+        self.seed, self.perturbation = tuple(seed), perturbation
+
+    @property
+    def example(self) -> Example:
+        """The recording."""
+        return self.item.example if isinstance(self.item, Asked) else self.item
+
+    @cached_property
+    def samples(self) -> np.ndarray:
+        """float32 mono at 16 kHz [N]; raises `MediaError` that names a bad file."""
+        rng = np.random.default_rng((*self.seed, 0))
+        return self.perturbation.waveform(decode(self.example.audio, self.example.rate), rng)
+
+    @property
+    def audio(self) -> Audio:
+        """The samples as a part of a message."""
+        return Audio(self.samples, SAMPLE_RATE)
+
+    def number(self, purpose: int) -> int:
+        """A seed of 63 bits for something else that is random about this clip."""
+        return int(np.random.default_rng((*self.seed, purpose)).integers(2**63))
+
+
+class ClipTask(Generic[Item]):
+    """A stage, a `core_llm.train.fit.Task`; sub-classes say what is trained and what the loss is."""
+
+    name: str
+
+    def __init__(
+        self,
+        adapter: SpeechAdapter,
+        items: Sequence[Item],
+        held_out: Sequence[Item],
+        config: Any,
+        seed: int = 0,
+    ) -> None:
+        self.adapter, self.config, self.seed = adapter, config, seed
+        self.items: Sequence[Item] = items
+        self.held_out: list[Clip[Item]] = [
+            Clip(item, (0, 0, i), Perturbation()) for i, item in enumerate(held_out[:256])
+        ]
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """What a resume restores."""
+        return {"adapter": self.adapter}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that receives gradients."""
+        modules = self.modules().values()
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """All at one rate."""
+        return [{"params": self.parameters()}]
+
+    def batch(self, step: int) -> list[Clip[Item]]:
+        """Clips of the step; every epoch has each example once."""
+        items = picked(self.items, step, self.config.batch, f"{self.seed} {self.name}")
+        return [Clip(item, (self.seed, step, i), self.config.perturbation) for i, item in enumerate(items)]
+
+    def features(self, clips: Sequence[Clip[Item]]) -> SpeechInputs:
+        """Features of clips under SpecAugment, where the stage has it."""
+        return self.masked(self.adapter.preprocess([clip.audio for clip in clips]), clips)
+
+    def masked(self, inputs: SpeechInputs, clips: Sequence[Clip[Item]]) -> SpeechInputs:
+        """SpecAugment of features that are computed already; held-out clips have none."""
+        seeds = [clip.number(1) for clip in clips]
+        log_mel = clips[0].perturbation.features(inputs.log_mel, inputs.frames, seeds)
+        return SpeechInputs(log_mel, inputs.frames)
+
+    def weight(self, batch: Sequence[Clip[Item]]) -> float:
+        """What the mean of the loss is over: clips, unless a stage says otherwise."""
+        return float(len(batch))
+
+    def part_loss(
+        self, clips: Sequence[Clip[Item]], total: float, share: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        """What a micro-batch adds to the loss of a batch whose `weight` is `total`, and to its figures.
+
+        share: its part of the clips of the batch.
+        """
+        raise NotImplementedError
+
+    def loss(self, batch: Sequence[Clip[Item]]) -> tuple[Tensor, dict[str, float]]:
+        """The loss of the whole batch, whatever the micro-batches; the shortest clips come first."""
+        total = max(self.weight(batch), 1.0)
+        figures: Counter[str] = Counter()
+        ordered = sorted(batch, key=lambda clip: len(clip.samples))
+
+        def losses() -> Iterator[Tensor]:
+            for part in split(ordered, self.config.micro_batch or self.config.batch):
+                value, found = self.part_loss(part, total, len(part) / len(ordered))
+                figures.update(found)
+                yield value
+
+        return accumulated(losses(), self.parameters()), dict(figures)
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out figures; {} where nothing is held out."""
+        if not self.held_out:
+            return {}
+        loss, figures = self.loss(self.held_out)
+        return {"held_out_loss": loss.item(), **{f"held_out_{key}": v for key, v in figures.items()}}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapter is."""
+        return self.adapter.projector.out.weight.device
