@@ -196,7 +196,8 @@ class Assistant:
             row_index += [row] * vector.shape[0]
             position += range(start, start + vector.shape[0])
             vectors.append(vector)
-        where = (torch.tensor(row_index, device=base.device), torch.tensor(position, device=base.device))
+        # An adapter may have nothing to say about its part: no index at all is still one of integers.
+        where = tuple(torch.tensor(i, dtype=torch.long, device=base.device) for i in (row_index, position))
         return base.index_put(where, torch.cat(vectors).to(base.dtype))
 
     def loss(self, conversations: Sequence[Sequence[Message]]) -> Tensor:
