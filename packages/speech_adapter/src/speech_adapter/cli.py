@@ -1,4 +1,4 @@
-"""Command line: `speech-adapter train|transcribe`. Heavy modules load inside the commands."""
+"""Command line of `speech-adapter`. Heavy modules load inside the commands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 from core_llm import cli_tools
 from core_llm.errors import UserError
+from speech_adapter.cli_stages import stage
+from speech_adapter.cli_synthesize import synthesize
 from speech_adapter.cli_transcribe import transcribe
 
 
@@ -43,7 +45,9 @@ def train(
 def main() -> None:
     """Entry point of the console script."""
     cli_tools.run(
-        "speech-adapter", "Ears for a frozen Llama core.", {"train": train, "transcribe": transcribe}
+        "speech-adapter",
+        "Ears for a frozen Llama core.",
+        {"train": train, "stage": stage, "synthesize": synthesize, "transcribe": transcribe},
     )
 
 
