@@ -244,7 +244,7 @@ def _bit_equal(subject: Subject, samples: Sequence[Sample]) -> list[Output]:
 
     outputs: dict[int, Output] = {}
     kinds = [adapter.part for adapter in subject.assistant.adapters]
-    core = subject.assistant.core
+    core, untouched = subject.assistant.core, subject.bare.core  # two, where an adapter updates its own
     for mixed in (False, True):
         index = [i for i, sample in enumerate(samples) if (sample.kind == "mixed batch") == mixed]
         if not index:
@@ -262,7 +262,7 @@ def _bit_equal(subject: Subject, samples: Sequence[Sample]) -> list[Output]:
                 request.answer_starts,
             )
             ours = core.logits(hidden_states(core, request))
-            bare = core.logits(hidden_states(core, plain))
+            bare = untouched.logits(hidden_states(untouched, plain))
         for row, i in enumerate(index):
             n = int(request.lengths[row])
             a, b = ours[row, :n], bare[row, :n]

@@ -121,7 +121,7 @@ def test_nano_looks_at_the_shape_that_it_is_asked_about(nano: Assistant) -> None
         plan = layout(sample_scene(rng, "single"), rng)
         question = ("what color is the shape?", "what shape is in the image?")[number % 2]
         found = explain(nano, draw_layout(plan, rng, 64), question)
-        covered = patch_labels(plan, 8)[0] > 0
+        covered = patch_labels(plan, 8)["color"] > 0
         places.append(covered)
         mean = found.maps.mean(dim=0)
         on.append(float(mean[covered].sum()))

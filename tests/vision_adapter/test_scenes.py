@@ -71,13 +71,17 @@ def test_patch_labels_mark_each_item_where_it_is() -> None:
     for seed in range(50):
         rng = random.Random(seed)
         plan = layout(sample_scene(rng, "several"), rng)
-        colors, shapes, letters = patch_labels(plan, 8)
-        assert ((colors > 0) == (shapes > 0)).all() and (letters == 0).all()
+        labels = patch_labels(plan, 8)
+        colors, shapes = labels["color"], labels["shape"]
+        assert ((colors > 0) == (shapes > 0)).all()
+        assert not any(labels[name].any() for name in ("letter", "word", "height"))
         items = [box.item for box in plan.boxes if isinstance(box.item, Item)]
         for box, item in zip(plan.boxes, items, strict=True):
             column, row = (int(place / 8) for place in box.centre)
             assert COLORS[colors[row, column] - 1] == item.color
             assert SHAPES[shapes[row, column] - 1] == item.shape
+            assert labels["color_count"][row, column] == [i.color for i in items].count(item.color)
+            assert labels["shape_count"][row, column] == [i.shape for i in items].count(item.shape)
         assert set(colors[colors > 0].tolist()) == {COLORS.index(item.color) + 1 for item in items}
 
 
@@ -95,5 +99,7 @@ def test_letter_boxes_hold_the_ink_from_left_to_right() -> None:
             )
             covered[max(0, top - 3) : bottom + 3, max(0, left - 3) : right + 3] = True
         assert (ink & covered).sum() > 0.97 * ink.sum() > 0
-        _, _, letters = patch_labels(plan, 8)
+        letters, words = patch_labels(plan, 8)["letter"], patch_labels(plan, 8)["word"]
+        assert ((letters > 0) == (words > 0)).all()
+        assert set(words[words > 0].tolist()) == {WORDS.index(word) + 1}
         assert len(set(letters[letters > 0].tolist())) > len(set(word)) / 2

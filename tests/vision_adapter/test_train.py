@@ -129,7 +129,7 @@ def test_batches_are_a_pure_function_of_the_step() -> None:
 
 
 def flatten(batch: object) -> list[torch.Tensor]:
-    return list(batch) if isinstance(batch, tuple) else list(vars(batch).values())
+    return list((batch if isinstance(batch, dict) else vars(batch)).values())
 
 
 def test_asked_presence_is_marked_on_the_word_itself() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from core_llm.adapters import Spans
 from core_llm.chat import Audio
 from core_llm.checkpoint import load_adapter, load_strict, save_adapter
-from core_llm.errors import MediaError, UserError
+from core_llm.errors import UserError
 from core_llm.layers import FeedForward, RMSNorm
 from core_llm.model import Llama
 from speech_adapter.audio import SAMPLE_RATE, decode
@@ -135,18 +135,14 @@ class SpeechAdapter(nn.Module):
 
         `raw`: leave the level to `encode`, which in chunks follows it (see `Chunking`).
         """
-        features = [self._features(decode(part.data, part.rate), part, raw) for part in parts]
+        limit = self.config.max_seconds
+        features = [self._features(decode(part.data, part.rate, limit), raw) for part in parts]
         frames = torch.tensor([len(f) for f in features])
         width = -(-int(frames.max()) // self.config.stack) * self.config.stack
         padded = [F.pad(f, (0, 0, 0, width - len(f)), value=-1.0) for f in features]
         return SpeechInputs(torch.stack(padded), frames, raw)
 
-    def _features(self, samples: np.ndarray, part: Audio, raw: bool) -> Tensor:
-        seconds = len(samples) / SAMPLE_RATE
-        if seconds > self.config.max_seconds:
-            name = part.data if isinstance(part.data, (str, Path)) else "the given audio"
-            limit = self.config.max_seconds
-            raise MediaError(f"{name}: {seconds:.0f} s long, the limit is {limit:.0f} s: cut it up")
+    def _features(self, samples: np.ndarray, raw: bool) -> Tensor:
         edge = SAMPLE_RATE * self.config.edge_ms // 1000
         missing = padded_length(len(samples), self.config) - len(samples) - 2 * edge
         padded = torch.from_numpy(np.pad(samples, (edge, edge + missing)))

@@ -51,28 +51,10 @@ def stage(
             (-1: the preset's).
         augment: Any of spec, speed, noise, in place of the preset's.
     """
-    from dataclasses import replace
-
-    from core_llm.checkpoint import load_core
-    from speech_adapter.augment import perturbation
-    from speech_adapter.examples import TASKS, train_and_held_out
-    from speech_adapter.stages.presets import preset as settings_of
-    from speech_adapter.stages.run import run_stage, starting_adapter
+    from speech_adapter.stages.command import train_stage
 
     given = {"steps": steps, "batch": batch, "micro_batch": micro_batch, "lr": lr, "units": units}
-    config = replace(settings_of(preset, name), **{key: value for key, value in given.items() if value})  # type: ignore[arg-type]
+    changed = {key: value for key, value in given.items() if value}
     if kl_weight != -1.0:
-        config = replace(config, kl_weight=kl_weight)
-    if augment:
-        config = replace(config, perturbation=perturbation(augment))
-    examples, held_out = train_and_held_out(data, data_root)
-    model, tokenizer = load_core(core)
-    trained = starting_adapter(adapter, model, config.size, seed)
-    print(f"{name}: {len(examples)} recordings, {len(held_out)} held out", flush=True)
-    figures = run_stage(
-        name, model, tokenizer, trained, (examples, held_out), out / "state", config, seed, tasks or TASKS
-    )
-    trained.save(out, model)
-    print(f"adapter saved in {out}")
-    for figure, value in figures.items():
-        print(f"  {figure:24} {value:.4f}")
+        changed["kl_weight"] = kl_weight
+    train_stage(name, data, out, core, adapter, preset, data_root, changed, seed, tasks, augment)

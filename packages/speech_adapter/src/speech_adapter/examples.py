@@ -144,7 +144,7 @@ def _split_of(identity: str, row: Mapping[str, Any]) -> str:
 
 
 def _example(identity: str, row: Mapping[str, Any], place: str) -> Example:
-    values = dict(_texts(row))
+    values: dict[str, Any] = dict(_texts(row))
     for key, value in values.items():
         if not isinstance(value, str):
             raise DataError(f"{place}: '{key}' is not text")

@@ -76,7 +76,8 @@ class NeuralSpeaker:
         if name.startswith((".", "/")) and not Path(name).is_dir():
             raise SynthesisError(f"{name}: no such folder with a text-to-speech model")
         try:
-            self.pipeline = pipeline("text-to-speech", model=name)
+            build: Any = pipeline  # its overloads know no "text-to-speech", which the library takes
+            self.pipeline = build("text-to-speech", model=name)
         except Exception as error:  # the library raises many kinds; all mean that there is no such model
             reason = str(error).strip().splitlines()
             raise SynthesisError(

@@ -276,6 +276,7 @@ def train(
     """
     recipe = recipe or Recipe()
     core, tokenizer = load_core(core_dir)
+    create(encoder, core)  # what is wrong with it is said before any work
     before = core_hash(core)
     cache_dir = out / "speech_cache"
     corpus = build_corpus(data_root, cache_dir, recipe.n_synthetic, seed)

@@ -1,4 +1,4 @@
-"""Writes drawn scenes as a folder of pictures with a table: data for any trainer, and for people to look at."""
+"""Writes drawn scenes as a folder of pictures with a table: data for any trainer and for people to see."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def write_scenes(
 ) -> None:
     """n pictures with three questions each under `out`; the same arguments give the same bytes.
 
-    out/images/000000.png, ... and out/metadata.jsonl, whose rows hold the question and answer pairs ("turns"),
+    out/images/000000.png, ... and out/metadata.jsonl, whose rows hold pairs of question and answer ("turns"),
     the skill of each, a description, and the symbols ("scene"). The skills take turns (default: all of the
     level). Nothing is left under `out` when it fails.
     Raises `UserError` for a level, skill, number or size that cannot be, and where `out` holds files already.

@@ -4,6 +4,7 @@ Single shapes look as in easy-VQA: plain colours on a light background, 9 to 34 
 come with Pillow, so the same seed gives the same picture everywhere.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from core_llm.data.levels import TALLEST
-from core_llm.data.scenes import COLORS, COLUMNS, ROWS, SHAPES, Bar, Item, Scene
+from core_llm.data.scenes import COLORS, COLUMNS, NUMBERS, ROWS, SHAPES, WORDS, Bar, Item, Scene
 
 RGB = {
     "red": (255, 0, 0),
@@ -202,22 +203,51 @@ def _letter_boxes(word: Lettering) -> tuple[Box, ...]:
     return tuple(boxes)
 
 
-def patch_labels(plan: Layout, patches: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Colour, shape and letter under each of patches × patches squares: long [patches, patches] each.
+# What can be said of a patch, and how many answers each has besides "nothing" (place always has one).
+LABELS = {
+    "color": len(COLORS),
+    "shape": len(FORMS),
+    "letter": len(ALPHABET),
+    "word": len(WORDS),
+    "color_count": len(NUMBERS) - 1,
+    "shape_count": len(NUMBERS) - 1,
+    "height": TALLEST,
+}
 
-    0 is background, else the index in COLORS, FORMS or the alphabet plus one. A patch belongs to what its
-    middle lies in; the patch at the centre of a box always does.
+
+def patch_labels(plan: Layout, patches: int) -> dict[str, Tensor]:
+    """What lies under each of patches × patches squares, by name of `LABELS`: long [patches, patches] each.
+
+    0 is nothing. "color", "shape" and "letter" are the index in COLORS, FORMS or the alphabet plus one;
+    "word" that of its word. "color_count" and "shape_count" are how many items of the
+    same colour or shape there are, "height" the units of a bar. A patch belongs to what its middle lies in;
+    the patch at the centre of a box always does.
     """
-    colors, shapes, letters = (torch.zeros(patches, patches, dtype=torch.long) for _ in range(3))
-    for box in (*plan.boxes, *plan.letters):
-        under = _patches_under(box, patches)
-        if isinstance(box.item, (Item, Bar)):
-            form = box.item.shape if isinstance(box.item, Item) else "bar"
-            colors[under] = COLORS.index(box.item.color) + 1
-            shapes[under] = FORMS.index(form) + 1
-        else:
-            letters[under] = ALPHABET.index(box.item) + 1
-    return colors, shapes, letters
+    labels = {name: torch.zeros(patches, patches, dtype=torch.long) for name in LABELS}
+    items = [box.item for box in plan.boxes if isinstance(box.item, Item)]
+    for box in plan.boxes:
+        for name, value in _facts(box.item, items).items():
+            labels[name][_patches_under(box, patches)] = value
+    written = iter(plan.letters)
+    for word in plan.lettering:
+        for box in itertools.islice(written, len(word.text)):
+            under = _patches_under(box, patches)
+            labels["letter"][under] = ALPHABET.index(str(box.item)) + 1
+            labels["word"][under] = WORDS.index(word.text.lower()) + 1
+    return labels
+
+
+def _facts(what: Item | Bar | str, items: Sequence[Item]) -> dict[str, int]:
+    if isinstance(what, Bar):
+        color, form = COLORS.index(what.color) + 1, FORMS.index("bar") + 1
+        return {"color": color, "shape": form, "height": what.height}
+    assert isinstance(what, Item)
+    return {
+        "color": COLORS.index(what.color) + 1,
+        "shape": FORMS.index(what.shape) + 1,
+        "color_count": sum(item.color == what.color for item in items),
+        "shape_count": sum(item.shape == what.shape for item in items),
+    }
 
 
 def _patches_under(box: Box, patches: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from core_llm.adapters import Spans
 from core_llm.data.levels import LEVELS, ask, sample_level_scene
-from core_llm.data.scenes import COLORS, COLUMNS, ROWS, WORDS
+from core_llm.data.scenes import COLUMNS, ROWS, WORDS
 from core_llm.kernels import Mask
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ from vision_adapter.adapter import ImageMemory, VisionAdapter
 from vision_adapter.encoder import Encoder
 from vision_adapter.images import tile
 from vision_adapter.samples import KINDS, Packed, Sample, easy_vqa, pack, scene_sample, vary
-from vision_adapter.scenes import ALPHABET, FORMS, draw, draw_layout, layout, patch_labels
+from vision_adapter.scenes import LABELS, draw, draw_layout, layout, patch_labels
 
 _NEVER = torch.iinfo(torch.long).max
 
@@ -54,13 +54,19 @@ class Recipe:
 
 
 class EncoderTask:
-    """Encoder warm-up: name colour, shape and letter under every patch, and the written word."""
+    """Encoder warm-up: say of every patch what lies under it (see `patch_labels`), and where it is itself.
+
+    Whatever a cross-attention layer is to read has to be in the features first. What is only true of the
+    whole picture, such as a word or how many items share a colour, is asked of the patches that it concerns,
+    because there the text will look.
+    """
 
     name = "encoder"
 
     def __init__(self, encoder: Encoder, size: int, seed: int, recipe: Recipe) -> None:
         dim = encoder.norm.normalized_shape[0]
-        sizes = {"color": len(COLORS), "shape": len(FORMS), "letter": len(ALPHABET), "word": len(WORDS)}
+        self.places = (size // 8) ** 2
+        sizes = {"place": self.places - 1, **LABELS}
         self.encoder = encoder
         self.heads = nn.ModuleDict(
             {name: nn.Linear(dim, n + 1) for name, n in sizes.items()}
@@ -75,29 +81,29 @@ class EncoderTask:
         """All at one rate."""
         return [{"params": [*self.encoder.parameters(), *self.heads.parameters()]}]
 
-    def batch(self, step: int) -> tuple[Tensor, ...]:
-        """Tiles [B, 3, size, size]; colours, shapes and letters [B, S]; words [B]."""
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """ "tiles" [B, 3, size, size], and under the name of each head its labels [B, S]."""
         rng = random.Random(f"{self.seed} {self.name} {step}")
         rows = []
         for _ in range(self.recipe.warm_up_pictures):
             kind = KINDS[rng.choices(list(KINDS), self.recipe.kind_shares)[0]]
             scene = sample_level_scene(rng, kind.level, next(iter(kind.skills)))
             plan = layout(scene, rng)
-            labels = [label.flatten() for label in patch_labels(plan, self.size // 8)]
-            word = torch.tensor(WORDS.index(scene.word) + 1 if scene.word in WORDS else 0)
-            rows.append((tile(draw_layout(plan, rng, self.size), self.size), *labels, word))
-        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+            labels = {name: label.flatten() for name, label in patch_labels(plan, self.size // 8).items()}
+            labels["place"] = torch.arange(self.places)
+            rows.append({"tiles": tile(draw_layout(plan, rng, self.size), self.size), **labels})
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def loss(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Sum of the cross-entropies, and how often each is right where there is something."""
-        tiles, *targets = (tensor.to(next(self.encoder.parameters()).device) for tensor in batch)
-        features = self.encoder(tiles)
-        inputs = (features, features, features, features.amax(dim=1))
-        total = torch.zeros((), device=tiles.device)
+        device = next(self.encoder.parameters()).device
+        features = self.encoder(batch["tiles"].to(device))
+        total = torch.zeros((), device=device)
         figures = {}
-        for (name, head), x, target in zip(self.heads.items(), inputs, targets, strict=True):
-            logits = head(x).float()
-            total = total + F.cross_entropy(logits.flatten(0, -2), target.flatten())
+        for name, head in self.heads.items():
+            target = batch[name].to(device).flatten()
+            logits = head(features).float().flatten(0, 1)
+            total = total + F.cross_entropy(logits, target)
             right = (logits.argmax(-1) == target)[target > 0].float()
             figures[name] = right.mean().item() if len(right) else 1.0
         return total, figures
