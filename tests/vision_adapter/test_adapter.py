@@ -55,8 +55,9 @@ def ask(*content: Image | str) -> list[Message]:
 def test_schedule_follows_the_released_models_and_reaches_every_small_core() -> None:
     assert cross_attention_schedule(32) == (3, 7, 11, 15, 19, 23, 27, 31)
     assert len(cross_attention_schedule(80)) == 20 and cross_attention_schedule(80)[-1] == 79
-    assert cross_attention_schedule(6) == (1, 3, 5)
-    assert cross_attention_schedule(2) == (1,) and cross_attention_schedule(1) == (0,)
+    assert cross_attention_schedule(8) == (1, 3, 5, 7)
+    assert cross_attention_schedule(6) == (0, 1, 2, 3, 4, 5)
+    assert cross_attention_schedule(2) == (0, 1) and cross_attention_schedule(1) == (0,)
 
 
 def test_text_only_request_equals_bare_core_bit_for_bit(family: Family) -> None:

@@ -232,7 +232,7 @@ def test_command_trains_saves_and_answers(
     Pillow.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
     cli.answer(tmp_path / "red.png", "what color?", str(tmp_path / "core"), str(tmp_path / "out"), 3)
     assert capsys.readouterr().out.endswith("\n")
-    assert load(tmp_path / "out", core_of(tmp_path)).config == replace(CONFIG, cross_layers=(1,))
+    assert load(tmp_path / "out", core_of(tmp_path)).config == replace(CONFIG, cross_layers=(0, 1))
 
 
 def core_of(folder: Path) -> object:

@@ -56,8 +56,9 @@ class VisionConfig:
 def cross_attention_schedule(n_layers: int) -> tuple[int, ...]:
     """Core blocks that get a cross-attention block before them.
 
-    Every fourth of a deep core, 3, 7, ..., as in Llama 3.2-Vision (arXiv 2407.21783, section 7.3);
-    every second of a core of fewer than 16 blocks, so that a small one is reached more than once.
+    Every fourth of a deep core, 3, 7, ..., as in Llama 3.2-Vision (arXiv 2407.21783, section 7.3); every
+    second of a core of fewer than 16 blocks and every one of fewer than 8, so that a small one is reached
+    more than once.
     """
-    stride = 4 if n_layers >= 16 else 2
+    stride = 4 if n_layers >= 16 else 2 if n_layers >= 8 else 1
     return tuple(range(min(stride, n_layers) - 1, n_layers, stride))

@@ -105,7 +105,7 @@ def attention_weights(
     The conversation holds one picture and is answered by `tokens`; one pass without a cache.
     """
     core = assistant.core
-    with _recorded(adapter) as (queries, keys):
+    with recorded(adapter) as (queries, keys):
         request = assistant.prepare([conversation])
         if request.embeddings is None or request.interleave is None or _pictures(conversation) != 1:
             raise UserError("cross-attention is explained for a conversation with exactly one picture")
@@ -137,7 +137,7 @@ def _adapter(assistant: Assistant) -> nn.Module:
 
 
 @contextmanager
-def _recorded(adapter: nn.Module) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+def recorded(adapter: nn.Module) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
     """Queries [B, H, T, D] and keys [P, G, S, D] of every cross-attention block, as they are computed."""
     queries: dict[int, Tensor] = {}
     keys: dict[int, Tensor] = {}

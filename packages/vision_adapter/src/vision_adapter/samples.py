@@ -4,9 +4,8 @@ Axes: B pictures, T text positions.
 """
 
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +18,8 @@ from core_llm.data.phrases import DESCRIBE_PROMPT
 from core_llm.data.scenes import COLORS, COLUMNS, NUMBERS, ROWS, SHAPES, Scene, article
 from core_llm.tokenizer import Tokenizer
 from vision_adapter.images import decode, tile
-from vision_adapter.scenes import draw
+from vision_adapter.pointing import ANSWER, MENTION, pointers
+from vision_adapter.scenes import Layout, draw_layout, layout
 
 Turn = tuple[str, str]  # question, answer
 
@@ -28,12 +28,12 @@ Turn = tuple[str, str]  # question, answer
 class Sample:
     """A picture as a tile [3, size, size] and dialogues about it, each of one or more turns.
 
-    cells: number of the cell (row by row, 0 to 8) of every item whose colour and shape are its own.
+    plan: where everything lies, of a drawn picture.
     """
 
     tile: Tensor
     dialogues: list[list[Turn]]
-    cells: Mapping[str, int] = field(default_factory=dict)
+    plan: Layout | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Packed:
     tiles [B, 3, size, size]; tokens, positions, documents [B, T]; image [B, T] bool: where the adapter's rows
     go; loss_mask [B, T] bool: the answers; starts [B]: first image position. Document 0 is the prefix.
     present [B, T]: 1 or 0 on the colour or shape whose presence is asked for, as it is there or not; else -1.
-    cell [B, T]: on the last token of an item that a question names, the number of its cell; else -1.
+    pointers [B, T], regions [B, T, S]: kind of pointer (see `pointing`) or 0, and the patches it points at.
     """
 
     tiles: Tensor
@@ -53,7 +53,8 @@ class Packed:
     image: Tensor
     loss_mask: Tensor
     present: Tensor
-    cell: Tensor
+    pointers: Tensor
+    regions: Tensor
     starts: Tensor
 
 
@@ -119,7 +120,8 @@ def scene_sample(
     skills, weights = list(kind.skills), list(kind.skills.values())
     first = rng.choices(skills, weights)[0]
     scene = sample_level_scene(rng, kind.level, first)
-    picture = tile(draw(scene, rng, size), size)
+    plan = layout(scene, rng)
+    picture = tile(draw_layout(plan, rng, size), size)
     turns: list[Turn] = []
     while len(turns) < kind.questions:
         skill = rng.choices(skills, weights)[0]
@@ -131,16 +133,7 @@ def scene_sample(
         dialogues = [turns[:2], *[[turn] for turn in turns[2:]]]
     if rng.random() < describe_share:
         dialogues[-1] = [(DESCRIBE_PROMPT, ordered_description(scene))]
-    return Sample(picture, dialogues, _cells(scene))
-
-
-def _cells(scene: Scene) -> dict[str, int]:
-    names = Counter(item.name for item in scene.items)
-    return {
-        item.name: 3 * ROWS.index(item.row) + COLUMNS.index(item.column)
-        for item in scene.items
-        if names[item.name] == 1
-    }
+    return Sample(picture, dialogues, plan)
 
 
 def vary(sample: Sample, rng: random.Random, n_dialogues: int, negated_share: float = 1.0) -> Sample:
@@ -172,47 +165,74 @@ def conversation(turns: Sequence[Turn], picture: Image) -> list[Message]:
 def pack(samples: Sequence[Sample], tokenizer: Tokenizer, token_rows: int) -> Packed:
     """One row per picture: what all its dialogues begin with, then each dialogue as a document of its own."""
     rows = [_pack_row(sample, tokenizer, token_rows) for sample in samples]
-    width = max(len(row[0]) for row in rows)
-    columns = []
-    for values, filler in zip(
-        zip(*rows, strict=True), (tokenizer.pad_id, 0, -1, False, False, -1, -1), strict=True
-    ):
-        columns.append(torch.tensor([list(value) + [filler] * (width - len(value)) for value in values]))
-    tokens, positions, documents, image, loss_mask, present, cell = columns
-    starts = image.int().argmax(dim=1)
+    width = max(len(row.tokens) for row in rows)
+
+    def column(name: str, filler: int | bool) -> Tensor:
+        values = [getattr(row, name) for row in rows]
+        return torch.tensor([list(value) + [filler] * (width - len(value)) for value in values])
+
+    image = column("image", False)
     tiles = torch.stack([sample.tile for sample in samples])
-    return Packed(tiles, tokens, positions, documents, image, loss_mask, present, cell, starts)
+    pointers = torch.zeros(len(rows), width, dtype=torch.long)
+    regions = torch.zeros(len(rows), width, (tiles.shape[-1] // 8) ** 2, dtype=torch.bool)
+    for n, row in enumerate(rows):
+        for position, patches, kind in row.pointers:
+            pointers[n, position], regions[n, position] = kind, patches
+    return Packed(
+        tiles=tiles,
+        tokens=column("tokens", tokenizer.pad_id),
+        positions=column("positions", 0),
+        documents=column("documents", -1),
+        image=image,
+        loss_mask=column("loss_mask", False),
+        present=column("present", -1),
+        pointers=pointers,
+        regions=regions,
+        starts=image.int().argmax(dim=1),
+    )
 
 
-def _pack_row(
-    sample: Sample, tokenizer: Tokenizer, token_rows: int
-) -> tuple[list[int], list[int], list[int], list[bool], list[bool], list[int], list[int]]:
-    tokens: list[int] = []
-    positions: list[int] = []
-    documents: list[int] = []
-    loss_mask: list[bool] = []
-    present: list[int] = []
-    cell: list[int] = []
+@dataclass(eq=False)
+class _Row:
+    """One row of `Packed` while it grows; pointers: position, patches, kind."""
+
+    tokens: list[int]
+    positions: list[int]
+    documents: list[int]
+    loss_mask: list[bool]
+    present: list[int]
+    image: list[bool]
+    pointers: list[tuple[int, Tensor, int]]
+
+
+def _pack_row(sample: Sample, tokenizer: Tokenizer, token_rows: int) -> _Row:
+    row = _Row([], [], [], [], [], [], [])
+    patches = sample.tile.shape[-1] // 8
     n_prefix = 0
-    placeholder = Image(b"")
     for number, turns in enumerate(sample.dialogues, start=1):
-        rendered = render(conversation(turns, placeholder), tokenizer, generation_prompt=False)
+        rendered = render(conversation(turns, Image(b"")), tokenizer, generation_prompt=False)
         split = rendered.parts[0][0]  # the prefix ends with the image
-        if not tokens:
-            tokens = rendered.ids[:split] + [tokenizer.image_id] * token_rows
-            n_prefix = len(tokens)
-            positions = list(range(n_prefix))
-            documents, loss_mask = [0] * n_prefix, [False] * n_prefix
-            present, cell = [-1] * n_prefix, [-1] * n_prefix
-        rest = rendered.ids[split + 1 :]
-        tokens += rest
-        positions += range(n_prefix, n_prefix + len(rest))
-        documents += [number] * len(rest)
-        loss_mask += rendered.loss_mask[split + 1 :]
-        present += _asked_presence(turns[0], tokenizer, len(rest))
-        cell += _named_cells(turns[0][0], sample.cells, tokenizer, len(rest))
-    image = [n_prefix - token_rows <= i < n_prefix for i in range(len(tokens))]
-    return tokens, positions, documents, image, loss_mask, present, cell
+        if not row.tokens:
+            row.tokens = rendered.ids[:split] + [tokenizer.image_id] * token_rows
+            n_prefix = len(row.tokens)
+            row.positions = list(range(n_prefix))
+            row.documents, row.loss_mask, row.present = [0] * n_prefix, [False] * n_prefix, [-1] * n_prefix
+        start, rest = len(row.tokens), rendered.ids[split + 1 :]
+        said = rendered.loss_mask[split + 1 :]
+        if sample.plan is not None:
+            for pointer in pointers(*turns[0], sample.plan, patches):
+                if pointer.end is None:
+                    row.pointers.append((start + said.index(True) - 1, pointer.patches, ANSWER))
+                else:
+                    last = len(tokenizer.encode(turns[0][0][: pointer.end])) - 1
+                    row.pointers.append((start + last, pointer.patches, MENTION))
+        row.tokens += rest
+        row.positions += range(n_prefix, n_prefix + len(rest))
+        row.documents += [number] * len(rest)
+        row.loss_mask += said
+        row.present += _asked_presence(turns[0], tokenizer, len(rest))
+    row.image = [n_prefix - token_rows <= i < n_prefix for i in range(len(row.tokens))]
+    return row
 
 
 def _asked_presence(turn: Turn, tokenizer: Tokenizer, length: int) -> list[int]:
@@ -223,14 +243,4 @@ def _asked_presence(turn: Turn, tokenizer: Tokenizer, length: int) -> list[int]:
     if answer in ("yes", "no") and len(asked) == 1:
         end = question.index(asked[0]) + len(asked[0])
         labels[len(tokenizer.encode(question[:end])) - 1] = int((answer == "yes") != negated(question))
-    return labels
-
-
-def _named_cells(question: str, cells: Mapping[str, int], tokenizer: Tokenizer, length: int) -> list[int]:
-    """`Packed.cell` of a dialogue of that many tokens, which begins with the question."""
-    labels = [-1] * length
-    for name, cell in cells.items():
-        if name in question:
-            end = question.index(name) + len(name)
-            labels[len(tokenizer.encode(question[:end])) - 1] = cell
     return labels

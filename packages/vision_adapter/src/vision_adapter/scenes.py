@@ -227,11 +227,11 @@ def patch_labels(plan: Layout, patches: int) -> dict[str, Tensor]:
     items = [box.item for box in plan.boxes if isinstance(box.item, Item)]
     for box in plan.boxes:
         for name, value in _facts(box.item, items).items():
-            labels[name][_patches_under(box, patches)] = value
+            labels[name][patches_under(box, patches)] = value
     written = iter(plan.letters)
     for word in plan.lettering:
         for box in itertools.islice(written, len(word.text)):
-            under = _patches_under(box, patches)
+            under = patches_under(box, patches)
             labels["letter"][under] = ALPHABET.index(str(box.item)) + 1
             labels["word"][under] = WORDS.index(word.text.lower()) + 1
     return labels
@@ -250,7 +250,8 @@ def _facts(what: Item | Bar | str, items: Sequence[Item]) -> dict[str, int]:
     }
 
 
-def _patches_under(box: Box, patches: int) -> Tensor:
+def patches_under(box: Box, patches: int) -> Tensor:
+    """bool [patches, patches]: the patches whose middle lies in the box, and the one at its centre."""
     step = 64 / patches
     middles = (torch.arange(patches) + 0.5) * step
     rows = (middles >= box.top) & (middles < box.top + box.height)

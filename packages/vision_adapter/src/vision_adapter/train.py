@@ -4,7 +4,7 @@ Axes: B pictures, T text positions, N answer tokens, C core width.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from core_llm.adapters import Spans
 from core_llm.data.levels import LEVELS, ask, sample_level_scene
-from core_llm.data.scenes import COLUMNS, ROWS, WORDS
+from core_llm.data.scenes import WORDS
 from core_llm.kernels import Mask
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
 from core_llm.train.fit import FitConfig, fit
 from vision_adapter.adapter import ImageMemory, VisionAdapter
 from vision_adapter.encoder import Encoder
+from vision_adapter.explain import recorded
 from vision_adapter.images import tile
+from vision_adapter.pointing import MENTION, cells, pointing_loss
 from vision_adapter.samples import KINDS, Packed, Sample, easy_vqa, pack, scene_sample, vary
 from vision_adapter.scenes import LABELS, draw, draw_layout, layout, patch_labels
 
@@ -33,21 +35,30 @@ _NEVER = torch.iinfo(torch.long).max
 class Recipe:
     """What `vision-adapter train` does by default; tuned for the nano core on two CPU cores."""
 
-    steps: int = 600  # of the adapter
-    warm_up_steps: int = 450  # encoder alone
+    steps: int = 2200  # of the adapter
+    warm_up_steps: int = 2000  # encoder alone
     warm_up_pictures: int = 64
     warm_up_lr: float = 2e-3
+    warm_up_shares: tuple[float, ...] = (
+        0.15,
+        0.35,
+        0.3,
+        0.2,
+        0.0,
+        0.0,
+        0.0,
+    )  # of the pictures, as in `KINDS`
     pictures: int = 32  # per step of the adapter
-    easy_share: float = 0.2  # of the pictures, where easy-VQA is at hand
-    kind_shares: tuple[float, ...] = (0.2, 0.4, 0.2, 0.2, 0.0, 0.0, 0.0)  # of the drawn ones, as in `KINDS`
+    easy_share: float = 0.15  # of the pictures, where easy-VQA is at hand
+    kind_shares: tuple[float, ...] = (0.15, 0.55, 0.15, 0.15, 0.0, 0.0, 0.0)  # of the drawn ones
     dialogues: int = 5  # per picture
-    describe_share: float = 0.2
-    lr: float = 1e-3
+    describe_share: float = 0.1
+    lr: float = 2e-3
     negation_from: float = 0.2  # negated questions: kept at this rate at first, ...
     negation_until: float = 0.3  # ... all of them from this share of the steps on (see `negated_share`)
     presence_weight: float = 1.0  # of an auxiliary loss (see `VisionTask.presence_loss`)
-    cell_weight: float = 1.0  # of another (see `VisionTask.cell_loss`)
-    reader_weight: float = 0.5  # of a third (see `VisionTask.reader_loss`)
+    cell_weight: float = 0.5  # of another (see `VisionTask.cell_loss`)
+    pointing_weight: float = 0.5  # of a third (see `pointing.pointing_loss`)
     held_out: int = 192  # drawn pictures per skill on which it is measured
     gate_lr_scale: float = 30.0  # at the base rate the gates, zero at first, hold everything back
     encoder_lr_scale: float = 0.3
@@ -86,7 +97,7 @@ class EncoderTask:
         rng = random.Random(f"{self.seed} {self.name} {step}")
         rows = []
         for _ in range(self.recipe.warm_up_pictures):
-            kind = KINDS[rng.choices(list(KINDS), self.recipe.kind_shares)[0]]
+            kind = KINDS[rng.choices(list(KINDS), self.recipe.warm_up_shares)[0]]
             scene = sample_level_scene(rng, kind.level, next(iter(kind.skills)))
             plan = layout(scene, rng)
             labels = {name: label.flatten() for name, label in patch_labels(plan, self.size // 8).items()}
@@ -129,26 +140,24 @@ class VisionTask:
     ) -> None:
         self.core, self.tokenizer, self.adapter = core.requires_grad_(False), tokenizer, adapter
         self.easy, self.seed, self.recipe = easy, seed, recipe
-        dim, device = core.config.dim, core.embed_tokens.weight.device
-        self.probes, self.cell_probes, self.readers = (
-            nn.ModuleDict({name: nn.Linear(dim, width) for name in adapter.cross_attention}).to(device)
-            for width in (1, len(ROWS) * len(COLUMNS), dim)
+        # Of every block: is it there (1 score), and in which cell (9)?
+        self.probes = nn.ModuleDict(
+            {name: nn.Linear(core.config.dim, 10) for name in adapter.cross_attention}
         )
+        self.probes.to(core.embed_tokens.weight.device)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The adapter, and the probes that are thrown away afterwards; the core is never touched."""
-        helpers = {"probes": self.probes, "cell_probes": self.cell_probes, "readers": self.readers}
-        return {"adapter": self.adapter, **helpers}
+        return {"adapter": self.adapter, "probes": self.probes}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Gates much faster than the rest, the warmed-up encoder slower."""
         named = list(self.adapter.named_parameters())
-        helpers = [p for m in (self.probes, self.cell_probes, self.readers) for p in m.parameters()]
         gates = [p for name, p in named if name.endswith("_gate")]
         encoder = [p for name, p in named if name.startswith("encoder.")]
         rest = [p for name, p in named if not name.endswith("_gate") and not name.startswith("encoder.")]
         return [
-            {"params": [*rest, *helpers]},
+            {"params": [*rest, *self.probes.parameters()]},
             {"params": encoder, "lr_scale": self.recipe.encoder_lr_scale},
             {"params": gates, "lr_scale": self.recipe.gate_lr_scale},
         ]
@@ -181,43 +190,18 @@ class VisionTask:
     def loss(self, batch: Packed) -> tuple[Tensor, dict[str, float]]:
         """Mean cross-entropy (nats per answer token) and the auxiliary loss; accuracies and the gates."""
         seen: dict[int, Tensor] = {}
-        logits, targets, _ = self.answer_logits(batch, seen=seen)
+        with recorded(self.adapter) as (queries, keys):
+            logits, targets, _ = self.answer_logits(batch, seen=seen)
         loss = F.cross_entropy(logits.float(), targets)
         figures = {"token_accuracy": (logits.argmax(-1) == targets).float().mean().item()}
         figures |= {"answer_loss": loss.item(), **self.adapter.gates()}
         presence, figures["presence"] = self.presence_loss(seen, batch.present.to(loss.device))
-        cell, figures["cell"] = self.cell_loss(seen, batch.cell.to(loss.device))
+        regions, kinds = batch.regions.to(loss.device), batch.pointers.to(loss.device)
+        pointing, figures["pointing"] = pointing_loss(queries, keys, regions, kinds)
+        cell, figures["cell"] = self.cell_loss(seen, regions, kinds == MENTION)
         recipe = self.recipe
         loss = loss + recipe.presence_weight * presence + recipe.cell_weight * cell
-        if recipe.reader_weight:
-            reading, figures["reader_loss"] = self.reader_loss(seen, batch.loss_mask, targets)
-            loss = loss + recipe.reader_weight * reading
-        return loss, figures
-
-    def cell_loss(self, seen: Mapping[int, Tensor], cell: Tensor) -> tuple[Tensor, float]:
-        """Where is the item that a question names? Read off its last token, as in `presence_loss`."""
-        where = cell >= 0
-        if not where.any():
-            return torch.zeros((), device=cell.device), 1.0
-        losses, accuracy = [], 0.0
-        for layer, hidden in seen.items():
-            normed = F.rms_norm(hidden[where].float(), hidden.shape[-1:])
-            logits = self.cell_probes[str(layer)](normed).float()
-            losses.append(F.cross_entropy(logits, cell[where]))
-            accuracy = max(accuracy, (logits.argmax(-1) == cell[where]).float().mean().item())
-        return torch.stack(losses).mean(), accuracy
-
-    def reader_loss(
-        self, seen: Mapping[int, Tensor], loss_mask: Tensor, targets: Tensor
-    ) -> tuple[Tensor, float]:
-        """The answer, read off each cross-attention block by a linear map and the head of the core."""
-        row, position = loss_mask[:, 1:].nonzero(as_tuple=True)
-        losses = []
-        for layer, hidden in seen.items():
-            mapped = self.readers[str(layer)](F.rms_norm(hidden[row, position].float(), hidden.shape[-1:]))
-            losses.append(F.cross_entropy(self.core.logits(mapped).float(), targets))
-        loss = torch.stack(losses).mean()
-        return loss, loss.item()
+        return loss + recipe.pointing_weight * pointing, figures
 
     def presence_loss(self, seen: Mapping[int, Tensor], present: Tensor) -> tuple[Tensor, float]:
         """Is the colour or shape that a question names in the picture? Read off the word's own hidden state.
@@ -232,12 +216,31 @@ class VisionTask:
         if not len(labels):
             return torch.zeros((), device=present.device), 1.0
         losses, accuracy = [], 0.0
+        for score in self._probed(seen, where):
+            losses.append(F.binary_cross_entropy_with_logits(score[:, 0], labels))
+            accuracy = max(accuracy, ((score[:, 0] > 0) == (labels > 0)).float().mean().item())
+        return torch.stack(losses).mean(), accuracy
+
+    def cell_loss(
+        self, seen: Mapping[int, Tensor], regions: Tensor, mentions: Tensor
+    ) -> tuple[Tensor, float]:
+        """Where in a grid of 3 × 3 is what a question names? Read off the last token that names it.
+
+        regions [B, T, S], mentions [B, T] bool. Returns the mean loss and the best accuracy of a block.
+        """
+        if not mentions.any():
+            return torch.zeros((), device=mentions.device), 1.0
+        target = cells(regions[mentions])
+        losses, accuracy = [], 0.0
+        for score in self._probed(seen, mentions):
+            losses.append(F.cross_entropy(score[:, 1:], target))
+            accuracy = max(accuracy, (score[:, 1:].argmax(-1) == target).float().mean().item())
+        return torch.stack(losses).mean(), accuracy
+
+    def _probed(self, seen: Mapping[int, Tensor], where: Tensor) -> Iterator[Tensor]:
         for layer, hidden in seen.items():
             normed = F.rms_norm(hidden[where].float(), hidden.shape[-1:])
-            score = self.probes[str(layer)](normed).float()[:, 0]
-            losses.append(F.binary_cross_entropy_with_logits(score, labels))
-            accuracy = max(accuracy, ((score > 0) == (labels > 0)).float().mean().item())
-        return torch.stack(losses).mean(), accuracy
+            yield self.probes[str(layer)](normed).float()
 
     def answer_logits(
         self, batch: Packed, shuffled: bool = False, seen: dict[int, Tensor] | None = None
