@@ -235,6 +235,24 @@ def test_command_trains_saves_and_answers(
     assert load(tmp_path / "out", core_of(tmp_path)).config == replace(CONFIG, cross_layers=(0, 1))
 
 
+def test_an_encoder_trained_before_there_is_a_core_gives_the_same_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vision_adapter.config.VisionConfig", lambda: CONFIG)
+    monkeypatch.setattr("vision_adapter.train.skill_samples", lambda size, seed, n: {})
+    monkeypatch.setattr("vision_adapter.train.Recipe", lambda: replace(SMALL, steps=1))
+    core, tokenizer = tiny_core()
+    save_core(tmp_path / "core", core, tokenizer)
+    cli.train_encoder(tmp_path / "a")
+    for name in ("a", "b"):
+        cli.train(tmp_path / name, str(tmp_path / "core"))
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
+    lines = (tmp_path / "a" / "state" / "encoder.metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 2, 2]  # trained once, measured twice
+
+
 def core_of(folder: Path) -> object:
     from core_llm.checkpoint import load_core
 

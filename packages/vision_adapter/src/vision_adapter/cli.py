@@ -69,6 +69,36 @@ def train(
         print(f"  {name:20} {value:.3f}")
 
 
+def train_encoder(out: Path, warm_up_steps: int = 0, seed: int = 0) -> None:
+    """Teach a new adapter's encoder to see, without a core; `train` with the same --out and --seed goes on.
+
+    So the encoder can learn while the core is still in training.
+
+    Args:
+        out: Folder that `train` gets too.
+        warm_up_steps: Optimizer steps (0: the recipe's); give `train` the same.
+        seed: Seed of weights and pictures.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from core_llm.errors import UserError
+    from vision_adapter import train as training
+    from vision_adapter.config import VisionConfig
+    from vision_adapter.encoder import Encoder
+
+    if warm_up_steps < 0:
+        raise UserError("--warm-up-steps must not be negative")
+    recipe = training.Recipe()
+    recipe = replace(recipe, warm_up_steps=warm_up_steps or recipe.warm_up_steps)
+    config = VisionConfig()
+    torch.manual_seed(seed)
+    figures = training.warm_up(Encoder(config), config.image_size, out / "state", seed, recipe)
+    for name, value in figures.items():
+        print(f"  {name:20} {value:.3f}")
+
+
 def answer(
     image: Annotated[Path, tyro.conf.Positional],
     question: Annotated[str, tyro.conf.Positional],
@@ -335,6 +365,7 @@ def main() -> None:
     """Entry point of the console script."""
     commands: dict[str, Callable[..., None]] = {
         "train": train,
+        "train-encoder": train_encoder,
         "create": cli_models.create,
         "stage": stage,
         "average": average,

@@ -327,6 +327,14 @@ def skill_samples(size: int, seed: int, per_skill: int) -> dict[str, list[Sample
     return found
 
 
+def warm_up(encoder: Encoder, size: int, out: Path, seed: int, recipe: Recipe) -> dict[str, float]:
+    """The first stage, which needs no core; returns accuracies on pictures of no training step."""
+    torch.manual_seed(seed)  # fixes the heads
+    task = EncoderTask(encoder.requires_grad_(True), size, seed, recipe)
+    task.heads.to(encoder.positions.device)
+    return fit(task, FitConfig(out, recipe.warm_up_steps, lr=recipe.warm_up_lr, seed=seed))
+
+
 def train(
     core: Llama,
     tokenizer: Tokenizer,
@@ -348,10 +356,7 @@ def train(
         easy = {split: easy_vqa(data_root, split, size) for split in ("train", "dev")}
     adapter.requires_grad_(True)
     if recipe.warm_up_steps:
-        torch.manual_seed(seed)  # fixes the heads
-        first = EncoderTask(adapter.encoder, size, seed, recipe)
-        first.heads.to(adapter.projector.weight.device)
-        fit(first, FitConfig(out, recipe.warm_up_steps, lr=recipe.warm_up_lr, seed=seed))
+        warm_up(adapter.encoder, size, out, seed, recipe)
     second = VisionTask(core, tokenizer, adapter, easy, seed, recipe)
     settings = FitConfig(out, recipe.steps, lr=recipe.lr, seed=seed, eval_every=eval_every, save_every=50)
     return fit(second, settings)
