@@ -45,7 +45,7 @@ CARDS: dict[str, Card] = {
         "It recognises English digits and the nano core's closed vocabulary, mostly in synthetic voices.",
         ("fsdd",),
         "Speech of espeak-ng for texts of core_llm.data.phrases, augmented.",
-        ("spoken-digits", "fsdd", "spoken-scenes", "spoken-vqa"),
+        ("spoken-digits", "fsdd", "spoken-commands", "spoken-scenes", "spoken-vqa"),
     ),
     "guard": Card(
         "nano guard",

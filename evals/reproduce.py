@@ -29,6 +29,7 @@ DATASET_TASKS = (
     "text-perplexity",
     "easy-vqa",
     "fsdd",
+    "spoken-commands",
     "spoken-vqa",
     "guard-diasafety",
     "guard-openai-moderation",

@@ -1,5 +1,6 @@
 """One run of the harness: checks first, then tasks, then results, scorecard and report."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from core_llm.errors import UserError
 from evals import provenance, results, scorecard
 from evals.models import open_subject
 from evals.runner import Evaluation, evaluate
-from evals.tasks.base import Options, Task
+from evals.tasks.base import Options, Task, Unavailable
 
 
 def run_tasks(
@@ -22,7 +23,8 @@ def run_tasks(
     """Evaluate, print the scorecard, write what was asked for; returns the path of the report.
 
     What the user got wrong is refused before any work: no task, a limit below 1, a model without a
-    part that a task needs, a place that cannot be written.
+    part that a task needs, a place that cannot be written. A task that this machine lacks something for is
+    left out with one line on stderr, unless it is the only one.
     """
     if not tasks:
         raise UserError("no task given; `evals list` shows the tasks")
@@ -40,8 +42,16 @@ def run_tasks(
     evaluations: list[Evaluation] = []
     entries: list[results.Entry] = []
     for task in tasks:
-        evaluations.append(evaluate(task, subject, options, records))
+        try:
+            evaluations.append(evaluate(task, subject, options, records))
+        except Unavailable as reason:
+            if len(tasks) == 1:
+                raise
+            print(f"skipped: {task.name}: {reason}", file=sys.stderr)
+            continue
         entries.append(results.entry(evaluations[-1], {**shared, **_selection(options)}))
+    if not entries:
+        raise Unavailable("none of these tasks can be run here")
     if output is not None:
         results.write(output, entries)
     scorecard.show(entries)

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core_llm.chat import Message
+from core_llm.errors import UserError
 
 # What a model gave for one sample, as JSON: {"text"}, {"logprob", "tokens"}, {"probability", ...}.
 Output = dict[str, Any]
 Split = Literal["train", "dev", "all"]
 Ask = Literal["generate", "loglikelihood", "score", "bit-equal"]
+
+
+class Unavailable(UserError):
+    """This machine lacks what one task needs; the other tasks of the run can do without it."""
 
 
 @dataclass(frozen=True)

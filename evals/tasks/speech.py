@@ -1,19 +1,23 @@
-"""Speech tasks: spoken digits to text, and spoken questions about images."""
+"""Speech tasks: spoken digits, commands and questions to text, and spoken questions about images."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from core_llm.chat import Audio, Image, Message, Text
 from evals.tasks import data, scoring
-from evals.tasks.base import Control, Options, Sample, Task
+from evals.tasks.base import Control, Options, Output, Sample, Task, Unavailable
 from evals.tasks.controls import MAJORITY, shuffled, with_messages
 from evals.tasks.vision import SHUFFLED_IMAGES, bundled_scene, easy_vqa_kind
 
 CLIPS = Path(__file__).parent.parent / "samples"
+COMMAND_CLIPS = 200
+_QUESTION_EVERY = 4  # commands have the larger part of the words
 
 
 def _recognition(clip: Audio) -> tuple[Message, ...]:
@@ -74,6 +78,64 @@ def _spoken_scenes(options: Options) -> list[Sample]:
     return data.subset(samples, options)
 
 
+def _needs_espeak() -> None:
+    from speech_adapter.synthesis import INSTALL_HINT, available
+
+    if not available():
+        raise Unavailable(INSTALL_HINT)
+
+
+def command_phrases() -> Iterator[tuple[str, str]]:
+    """Kind and text of one phrase after the other: three commands, then a question."""
+    from core_llm.data.phrases import command_phrase, question_phrase
+
+    rng = random.Random("evals spoken-commands")  # trainers seed with numbers
+    while True:
+        for _ in range(_QUESTION_EVERY - 1):
+            yield "command", command_phrase(rng)
+        yield "question", question_phrase(rng)
+
+
+@cache
+def _command_samples() -> list[Sample]:
+    """Different phrases in held-out voices, each voice equally often, at the speeds of training."""
+    from speech_adapter.synthesis import HELD_OUT_VOICES, Utterance, speak_all
+
+    kinds: dict[str, str] = {}
+    for kind, text in command_phrases():
+        kinds.setdefault(text, kind)
+        if len(kinds) == COMMAND_CLIPS:
+            break
+    rng = random.Random("evals spoken-commands voices")
+    voices = list(HELD_OUT_VOICES) * (COMMAND_CLIPS // len(HELD_OUT_VOICES))
+    rng.shuffle(voices)
+    spoken = [
+        Utterance(text, voice, rng.randint(120, 220), rng.randint(15, 85))
+        for text, voice in zip(kinds, voices, strict=True)
+    ]
+    # A process of its own: how espeak-ng sounds depends on what its process said before.
+    with tempfile.TemporaryDirectory() as folder:
+        clips = speak_all(spoken, Path(folder), processes=1)
+    return [
+        Sample(f"{i:03d}", said.voice, _recognition(Audio(clip.samples, 16_000)), said.text, kinds[said.text])
+        for i, (said, clip) in enumerate(zip(spoken, clips, strict=True))
+    ]
+
+
+def _spoken_commands(options: Options) -> list[Sample]:
+    _needs_espeak()
+    return data.subset(_command_samples(), options)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a phrase as answers are compared."""
+    return scoring.normalise(text).split()
+
+
+def _vocabulary(samples: Sequence[Sample], outputs: Sequence[Output]) -> dict[str, float]:
+    return {"distinct_words": float(len({word for sample in samples for word in words_of(sample.target)}))}
+
+
 @cache
 def _spoken(text: str, voice: str) -> Audio:
     from speech_adapter.synthesis import speak
@@ -90,6 +152,7 @@ def voice_of(sample_id: str) -> str:
 
 
 def _spoken_vqa(options: Options) -> list[Sample]:
+    _needs_espeak()
     samples = []
     for row in data.rows("easy_vqa", options):
         question = row.fields["question"]
@@ -151,6 +214,22 @@ TASKS = [
         judge=scoring.transcript,
         controls=(SHUFFLED_AUDIO, MAJORITY),
         batch_size=64,
+    ),
+    Task(
+        name="spoken-commands",
+        title="Transcripts of commands and questions, unseen voices",
+        section="speech",
+        needs=("core", "audio"),
+        source="core_llm.data.phrases, spoken by espeak-ng in voices that no trainer uses",
+        licence="the project's own",
+        metrics=TRANSCRIPT_METRICS,
+        ask="generate",
+        load=_spoken_commands,
+        judge=scoring.transcript,
+        controls=(SHUFFLED_AUDIO, MAJORITY),
+        max_new_tokens=32,
+        batch_size=32,
+        extras=_vocabulary,
     ),
     Task(
         name="spoken-scenes",

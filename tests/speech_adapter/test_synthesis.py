@@ -75,6 +75,14 @@ def test_many_are_spoken_once_and_then_read_from_the_cache(tmp_path: Path) -> No
 
 
 @needs_espeak
+def test_many_are_spoken_alike_into_another_cache(tmp_path: Path) -> None:
+    wanted = [Utterance(f"word {i}", voice) for i, voice in enumerate((*HELD_OUT_VOICES, "en+klatt"))]
+    first, second = (speak_all(wanted, tmp_path / name, processes=1) for name in "ab")
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.samples, b.samples)
+
+
+@needs_espeak
 def test_phonemes_are_in_order_and_inside_the_clip(tmp_path: Path) -> None:
     (clip,) = speak_all([Utterance("seven")], tmp_path, processes=1)
     assert list(clip.phonemes[:3]) == ["s", "E", "v"]

@@ -59,6 +59,10 @@ class Utterance:
         fields = "\0".join(map(str, (self.text, self.voice, self.speed, self.pitch, self.range)))
         return hashlib.sha256(fields.encode()).hexdigest()[:24]
 
+    def seed(self) -> int:
+        """Of the noise in some voices, where nobody chooses one: the same for the same utterance."""
+        return int(self.key()[:7], 16)
+
 
 @dataclass(frozen=True, eq=False)
 class Speech:
@@ -131,8 +135,9 @@ class _Engine:
             i += 1
         return 0
 
-    def speak(self, utterance: Utterance) -> np.ndarray:
+    def speak(self, utterance: Utterance, seed: int) -> np.ndarray:
         """int16 samples [N] at `self.rate`; the phonemes are left in `self.phonemes`."""
+        self.library.espeak_ng_SetRandSeed(seed & 0x7FFFFFFF)  # else the clock seeds the noise of some voices
         if self.library.espeak_SetVoiceByName(utterance.voice.encode()) != 0:
             known = ", ".join(HELD_OUT_VOICES)
             raise SynthesisError(f"unknown espeak voice '{utterance.voice}'; try one of {known}")
@@ -184,20 +189,19 @@ def speak(text: str, voice: str = "en-us", speed: int = 165, pitch: int = 50) ->
     """
     with _lock:
         engine = _engine()
-        samples = engine.speak(Utterance(text, voice, speed, pitch))
+        utterance = Utterance(text, voice, speed, pitch)
+        samples = engine.speak(utterance, utterance.seed())
         return samples.astype(np.float32) / 32768.0, engine.rate
 
 
 def speak_one(utterance: Utterance, seed: int) -> tuple[np.ndarray, int]:
     """int16 mono samples [N] and their rate; like `speak`, with range, and empty where nothing is said.
 
-    seed: of the noise of some voices, which espeak-ng otherwise seeds by the clock. The flutter of others
-    still runs on from what this process said before.
+    seed: of the noise of some voices. The flutter of others still runs on from what this process said before.
     """
     with _lock:
         engine = _engine()
-        engine.library.espeak_ng_SetRandSeed(seed & 0x7FFFFFFF)
-        return engine.speak(utterance), engine.rate
+        return engine.speak(utterance, seed), engine.rate
 
 
 def _speak_at(utterance: Utterance, rate: int) -> Speech:
@@ -205,7 +209,7 @@ def _speak_at(utterance: Utterance, rate: int) -> Speech:
 
     with _lock:
         engine = _engine()
-        samples = engine.speak(utterance)
+        samples = engine.speak(utterance, utterance.seed())
         phonemes = list(engine.phonemes)
     resampled = soxr.resample(samples, engine.rate, rate) if len(samples) else samples
     starts = np.array([start for start, _ in phonemes], dtype=np.float32)
@@ -217,8 +221,9 @@ def speak_all(
 ) -> list[Speech]:
     """Speak many utterances at `rate` samples per second, with a progress bar.
 
-    Finished chunks stay in `cache_dir` as .npz files, so a second call with the same utterances only reads
-    them, and an interrupted one continues. Processes, not threads: espeak's state is global.
+    The same utterances in the same order give the same samples. Finished chunks stay in `cache_dir` as .npz
+    files, so a second call only reads them, and an interrupted one continues. Processes, not threads:
+    espeak's state is global.
     """
     from tqdm import tqdm
 
