@@ -140,12 +140,15 @@ class Columns:
 def test_shares_are_the_whole_in_order(count: int) -> None:
     x = torch.arange(10).view(5, 2)
     names = list("abcde")
-    for batch in (x, names, (x, x + 1), Columns(3, x, names)):
+    for batch in (x, names, (x, x + 1), {"x": x, "names": names}, Columns(3, x, names)):
         parts = [share(batch, rank, count) for rank in range(count)]
         assert sum(rows(part) for part in parts) == 5 == rows(batch)
         assert max(map(rows, parts)) - min(map(rows, parts)) <= 1
     shares = [share(Columns(3, x, names), rank, count) for rank in range(count)]
     assert [name for part in shares for name in part.names] == names
+    named = [share({"x": x, "names": names}, rank, count) for rank in range(count)]
+    assert [name for part in named for name in part["names"]] == names
+    assert torch.equal(torch.cat([part["x"] for part in named]), x)
     assert torch.equal(torch.cat([part.x for part in shares]), x) and {part.step for part in shares} == {3}
 
 

@@ -21,15 +21,22 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
 
 
+def gpu_for_each() -> bool:
+    """Whether this machine has a CUDA GPU for every process that runs on it."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+    return torch.cuda.is_available() and torch.cuda.device_count() >= here
+
+
 def start() -> None:
     """Join the other processes, once: gloo for tensors on a CPU, nccl for those on a GPU.
 
-    A process with GPUs takes the one of its local rank as its current device.
+    Where there is a GPU for each process of this machine, it takes the one of its local rank as its current
+    device; where there are fewer, all train on the CPU.
     """
     if not launched() or dist.is_initialized():
         return
     backend = "gloo"
-    if torch.cuda.is_available():
+    if gpu_for_each():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend)

@@ -221,7 +221,9 @@ def _resume(path: Path, task: Task, optimizer: torch.optim.Optimizer, config: Fi
     if not config.resume or not path.exists():
         return 0
     try:
-        state = torch.load(path, weights_only=True)
+        # On the CPU first: it may have been saved on a device that is not here, and the random numbers' state
+        # belongs there; loading copies the rest to where the modules are.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if (state["steps"], state["seed"]) != (config.steps, config.seed):
             raise CheckpointError(
                 f"{path}: belongs to a run of {state['steps']} steps with seed {state['seed']}; "

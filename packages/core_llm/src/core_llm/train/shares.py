@@ -1,6 +1,6 @@
 """One process's share of a batch: the batch is that of the whole run, however many processes there are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -13,8 +13,9 @@ from core_llm.errors import UserError
 def rows(batch: Any) -> int:
     """How many examples a batch has.
 
-    A batch is a tensor or a list, one row per example; a tuple of such columns; or a dataclass whose tensors
-    and lists are columns, other fields being the same for all. Raises ValueError for anything else.
+    A batch is a tensor or a list, one row per example; a tuple or mapping of such columns; or a dataclass
+    whose tensors and lists are columns, other fields being the same for all. Raises ValueError for anything
+    else.
     """
     lengths = {len(column) for column in _columns(batch)}
     if len(lengths) != 1:
@@ -27,6 +28,8 @@ def _columns(batch: Any) -> list[Any]:
         return [batch]
     if isinstance(batch, tuple):
         return [column for part in batch for column in _columns(part)]
+    if isinstance(batch, Mapping):
+        return [column for part in batch.values() for column in _columns(part)]
     if is_dataclass(batch):
         return [value for field in fields(batch) if _is_column(value := getattr(batch, field.name))]
     raise ValueError(f"a batch of type {type(batch).__name__} cannot be split")
@@ -39,6 +42,8 @@ def _is_column(value: Any) -> bool:
 def _cut(batch: Any, start: int, stop: int) -> Any:
     if isinstance(batch, tuple):
         return tuple(_cut(part, start, stop) for part in batch)
+    if isinstance(batch, Mapping):
+        return {name: _cut(part, start, stop) for name, part in batch.items()}
     if is_dataclass(batch) and not isinstance(batch, type):
         names = [f.name for f in fields(batch) if _is_column(getattr(batch, f.name))]
         return replace(batch, **{name: getattr(batch, name)[start:stop] for name in names})
