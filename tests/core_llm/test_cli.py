@@ -25,6 +25,24 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return err
 
 
+@pytest.mark.parametrize("trouble", ["a file in place of a folder", "a folder in place of a file"])
+def test_files_and_folders_in_each_others_place_are_one_line(
+    trouble: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+
+    def command() -> None:
+        if trouble.startswith("a file"):
+            (tmp_path / "file" / "state").mkdir(parents=True, exist_ok=True)
+        (tmp_path).write_text("x")
+
+    with pytest.raises(SystemExit) as stopped:
+        run("core-llm", "test", command, [])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert str(tmp_path) in err
+
+
 def generates(*args: str) -> None:
     run("core-llm", "t", {"generate": generate, "o": generate}, ["generate", *args])
 

@@ -15,6 +15,8 @@ from core_llm.errors import UserError
 
 # Operating-system failures that are the environment's, not the program's.
 _ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EADDRINUSE}
+# A file where a folder has to be, or the other way round.
+_ENVIRONMENT_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 _STYLE = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
 
