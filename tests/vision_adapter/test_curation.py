@@ -207,6 +207,28 @@ def test_models_and_filters_that_cannot_work_are_named() -> None:
         embedder("nope:openai")
     with pytest.raises(UserError, match="--embed MODEL:WEIGHTS"):
         CurationConfig(clip_score=0.2)
+    for wrong in (-0.5, 1.5):
+        with pytest.raises(UserError, match="--dedup"):
+            CurationConfig(dedup=wrong)
+    with pytest.raises(UserError, match="--limit"):
+        cli.curate("scenes", Path("nowhere"), limit=-1)
+
+
+def test_a_chunk_without_a_readable_picture_is_dropped_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vision_adapter.curate_run.CHUNK", 2)
+    root = folder_of(tmp_path / "in", ["one", "two", "three", "four", "five"])
+    for name in ("2.png", "3.png"):
+        (root / name).write_bytes(b"no picture")
+    report = curate(load_examples(str(root), split="all"), tmp_path / "out", CurationConfig(dedup=0.9))
+    assert report["kept"] == 3 and report["dropped"] == {"unreadable": 2}
+    with pytest.raises(UserError, match="ViT-B-32 names no weights"):  # random ones would choose
+        few = load_examples(str(root), split="all")
+        curate(few, tmp_path / "none", CurationConfig(clip_score=0.2, embed="ViT-B-32"))
+    with pytest.raises(DataError, match="no pairs"):
+        curate([], tmp_path / "none", CurationConfig())
+    assert not (tmp_path / "none").exists()
 
 
 def test_tables_and_saved_datasets_give_the_same_examples(tmp_path: Path) -> None:
@@ -244,6 +266,10 @@ def test_data_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "captions.jsonl").write_text('{"image": "a.png", "labels": 3}\n')
     with pytest.raises(DataError, match="row 1: no caption.*labels"):
         load_examples(str(tmp_path))
+    for field in ('"turns": "what? a dog"', '"turns": [["what?"]]', '"conversations": [{"text": "x"}]'):
+        (tmp_path / "captions.jsonl").write_text(f'{{"image": "a.png", {field}}}\n')
+        with pytest.raises(DataError, match="row 1: 'turns' are pairs"):
+            load_examples(str(tmp_path))
     (tmp_path / "captions.jsonl").write_text("{cut off")
     with pytest.raises(DataError, match="captions.jsonl: cannot be read"):
         load_examples(str(tmp_path))

@@ -155,7 +155,7 @@ def test_updates_of_the_core_learn_beside_it_and_are_stored_with_the_adapter(
     core, tokenizer = family
     bare, hashed = answers(*family, made(kind, core))[1], core_hash(core)
     adapter = made(kind, core)
-    rows = [Row(f"r{i}", "", (), None, tuple(messages)) for i, messages in enumerate(conversations())]
+    rows = [Row(f"r{i}", "", (), messages=tuple(messages)) for i, messages in enumerate(conversations())]
     config = replace(TINY, trained=chosen_parts("projector,cross_attention,core-lora", "sft"))
     before = copy.deepcopy(adapter.state_dict())
     trained, _ = run_stage("sft", core, tokenizer, adapter, (rows, []), tmp_path / "state", config)
@@ -188,7 +188,7 @@ def test_updates_of_the_core_learn_beside_it_and_are_stored_with_the_adapter(
 
 def test_a_stage_continues_with_the_updates_it_finds(family: tuple[Llama, Tokenizer], tmp_path: Path) -> None:
     core, tokenizer = family
-    rows = [Row("r", "", (), None, tuple(conversations()[0]))]
+    rows = [Row("r", "", (), messages=tuple(conversations()[0]))]
     config = replace(TINY, trained=("core-lora",), batch=1)
     adapter, _ = run_stage("sft", core, tokenizer, made("nano", core), (rows, []), tmp_path / "a", config)
     adapter.save(tmp_path / "eyes", core)
@@ -325,3 +325,20 @@ def test_commands_create_train_and_ask(
     before = subject.part_hashes["image"]
     (tmp_path / "vision_adapter" / "lora" / "config.json").write_text("{}")
     assert Subject(tmp_path).part_hashes["image"] != before
+
+
+def test_settings_of_a_wrong_kind_are_named(family: tuple[Llama, Tokenizer]) -> None:
+    core, _ = family
+    for encoder, settings, message in (
+        ("mllama", {"dim": "big"}, 'dim is "big"'),
+        ("mllama", {"n_heads": 0}, "n_heads is 0; whole numbers from 1"),
+        ("mllama", {"n_layers": 2.5}, "n_layers is 2.5"),
+        ("mllama", {"intermediate_layers": 3}, "intermediate_layers is 3, not a list"),
+        ("llama-3.2-vision", {"intermediate_layers": ["x"]}, "intermediate_layers is"),
+        ("nano", {"encoder_dim": None}, "encoder_dim is null"),
+        ("nano", {"stem_channels": [7, 8]}, "do not fit together"),
+        ("nano", {"stem_channels": [8, 8, 8]}, "do not fit together"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            create(encoder, core.config, json.dumps(settings))
+        assert "\n" not in str(caught.value)

@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from core_llm.config import LlamaConfig
 from core_llm.errors import UserError
+from vision_adapter.config import VisionConfig
+from vision_adapter.mllama_config import MllamaConfig
 
 if TYPE_CHECKING:
     from vision_adapter.adapter import ImageAdapter
@@ -32,11 +35,10 @@ def create(
     """
     from vision_adapter.fusion import FusionAdapter, FusionConfig
     from vision_adapter.mllama_adapter import MllamaAdapter
-    from vision_adapter.mllama_config import MllamaConfig
 
     kind, _, rest = encoder.partition(":")
     model, _, tag = rest.partition(":")
-    values = _settings(settings)
+    values = _settings(settings, VisionConfig if kind == "nano" else MllamaConfig)
     torch.manual_seed(seed)
     if kind == "open_clip":
         if not model or values:
@@ -51,10 +53,13 @@ def create(
         if cross_ffn_dim:
             raise UserError("llama-3.2-vision has the core's feed-forward width: leave --cross-ffn-dim out")
         return MllamaAdapter(MllamaConfig.from_dict({**values, "cross_layers": cross_layers}), core)
-    return FusionAdapter(FusionConfig(kind, values, cross_layers, cross_ffn_dim), core)  # type: ignore[arg-type]
+    try:
+        return FusionAdapter(FusionConfig(kind, values, cross_layers, cross_ffn_dim), core)  # type: ignore[arg-type]
+    except ValueError as error:  # of the layers: channels that do not fall into groups, for one
+        raise UserError(f"--settings {settings} do not fit together: {error}") from None
 
 
-def _settings(text: str) -> Mapping[str, Any]:
+def _settings(text: str, config: type[VisionConfig] | type[MllamaConfig]) -> Mapping[str, Any]:
     if not text:
         return {}
     try:
@@ -63,4 +68,14 @@ def _settings(text: str) -> Mapping[str, Any]:
         raise UserError(f"--settings is not JSON ({error}); write it like '{{\"dim\": 64}}'") from None
     if not isinstance(values, dict):
         raise UserError("--settings is not a JSON object; write it like '{\"dim\": 64}'")
+    for field in fields(config):
+        default, value = field.default, values.get(field.name, field.default)
+        numbers = value if isinstance(value, list | tuple) and isinstance(default, tuple) else [value]
+        if isinstance(default, tuple) and numbers is not value:
+            raise UserError(f"--settings: {field.name} is {json.dumps(value)}, not a list")
+        least = 0 if "layers" in field.name else 1
+        if isinstance(default, int | tuple) and not all(type(n) is int and n >= least for n in numbers):
+            raise UserError(
+                f"--settings: {field.name} is {json.dumps(value)}; whole numbers from {least} on fit"
+            )
     return values

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from PIL import Image as Pillow
 from core_llm.errors import DataError, MediaError, UserError
 from vision_adapter import curation
 from vision_adapter.embeddings import PIXELS, ClipEmbedder, Embedder, PixelEmbedder, TextEmbedder
-from vision_adapter.examples import Example
+from vision_adapter.examples import Example, only_pairs
 from vision_adapter.images import decode
 from vision_adapter.ocr import OcrReader, RapidOcrReader, with_text
 
@@ -43,6 +42,8 @@ class CurationConfig:
     def __post_init__(self) -> None:
         if self.clip_score and self.embed == PIXELS:
             raise UserError("--clip-score needs an open_clip model that knows texts: --embed MODEL:WEIGHTS")
+        if not 0 <= self.dedup <= 1:
+            raise UserError("--dedup is a cosine: 0 (keep all) to 1")
         if self.resample < 0 or self.longest < 1:
             raise UserError("--resample must not be negative, and n-grams have at least one word")
 
@@ -83,8 +84,14 @@ def curate(
     n-grams; last, text is read in the pictures that are kept. The output is itself a folder that training and
     curation read; pictures that were files stay where they are. The same call continues an interrupted run.
     model: used instead of `config.embed`. reader: used instead of RapidOCR.
-    Raises `DataError` where `out` belongs to a run with other settings or data.
+    Raises `DataError` where `out` belongs to a run with other settings or data, an example has several
+    pictures or there is none, `UserError` for a model without weights.
     """
+    if not examples:
+        raise DataError("there are no pairs to choose among")
+    only_pairs(examples, "curate")
+    if model is None and config.embed != PIXELS and not config.embed.partition(":")[2]:
+        raise UserError(f"--embed {config.embed} names no weights; write it like ViT-B-32:openai")
     work = out / ".work"
     _claim(work, examples, config)
     numbers = list(range(len(examples)))
@@ -165,7 +172,9 @@ def _embed(
                 for i, error in zip(saved["bad"].tolist(), saved["errors"].tolist(), strict=True):
                     verdicts.drop(start + i, "unreadable", error)
             bar.update(len(part))
-    return np.concatenate(vectors), np.concatenate(scores)
+    width = max(part.shape[1] for part in vectors)  # of a chunk without a readable picture it is not known
+    wide = [part if part.shape[1] == width else np.zeros((len(part), width), np.float32) for part in vectors]
+    return np.concatenate(wide), np.concatenate(scores)
 
 
 def _embed_chunk(part: Sequence[Example], path: Path, model: Embedder, with_scores: bool) -> None:
@@ -270,8 +279,3 @@ def _image_name(example: Example, number: int, out: Path) -> str:
         path = folder / f"{number:09}.png"
         decode(example.image).save(path)
     return str(path.relative_to(out))
-
-
-def discard_work(out: Path) -> None:
-    """Remove what only a resume needs."""
-    shutil.rmtree(out / ".work", ignore_errors=True)

@@ -27,7 +27,8 @@ def entries(where: str, column: str, tables: Sequence[str]) -> Iterator[Entry] |
     """Rows in a fixed order, or None where `where` is neither a folder nor a hub id such as "org/name".
 
     column: what holds the media, "image" or "audio"; a table may say "file_name" instead, and its paths are
-    relative to it. tables: names of the table, the first one found is read. Raises `DataError` that names
+    relative to it. A row of a .jsonl table may have "images", a list, of which `image` is then the first.
+    tables: names of the table, the first one found is read. Raises `DataError` that names
     the file and row which cannot be read.
     """
     folder = Path(where)
@@ -65,12 +66,15 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _from_table(path: Path, column: str) -> Iterator[Entry]:
     for i, row in enumerate(read_rows(path)):
-        name = row.get(column) or row.get("file_name")
-        if not isinstance(name, str):
+        several = row.get("images") if column == "image" else None
+        names = several or [row.get(column) or row.get("file_name")]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             media = "picture" if column == "image" else "audio file"
             raise DataError(f"{path}: row {i + 1} names no {media} in '{column}' or 'file_name'")
-        identity = str(row.get("id") or f"{i}-{name}")
-        yield Entry(identity, {**row, column: path.parent / name}, f"{path}: row {i + 1}")
+        identity = str(row.get("id") or f"{i}-{names[0]}")
+        files = [path.parent / name for name in names]
+        lists = {"images": files} if several else {}
+        yield Entry(identity, {**row, column: files[0], **lists}, f"{path}: row {i + 1}")
 
 
 def _from_datasets(folder: Path, column: str, tables: Sequence[str]) -> Iterator[Entry]:
@@ -109,5 +113,7 @@ def _rows_of(loaded: Any, where: str, column: str) -> Iterator[Entry]:
         if column not in table.column_names:
             raise DataError(f"{where}: has no column '{column}' (only {', '.join(table.column_names)})")
         for i, row in enumerate(table.cast_column(column, feature(decode=False))):
-            media = row[column]["bytes"] or row[column]["path"]
+            media = row[column] and (row[column]["bytes"] or row[column]["path"])
+            if not media:
+                raise DataError(f"{where}: row {i} of {split} has nothing in '{column}'")
             yield Entry(f"{split}-{i}", {**row, column: media}, f"{where}: row {i} of {split}")

@@ -4,8 +4,10 @@ The three differ in data, resolution and learning rate, not in what is computed.
 Axes: B conversations, N answer tokens, S patches, E encoder width.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from core_llm.train.accumulate import accumulated, split
 from core_llm.train.answers import answer_log_probabilities, n_answer_tokens, picked
 from vision_adapter.adapter import VisionAdapter
 from vision_adapter.examples import Example
+from vision_adapter.images import Picture
 from vision_adapter.stages.presets import StageConfig
 from vision_adapter.stages.trainable import trained_updates
 
@@ -97,17 +100,31 @@ class AnswerTask:
         return float(n_answer_tokens(self.assistant, [example.conversation() for example in batch]))
 
     def evaluate(self) -> dict[str, float]:
-        """Loss on held-out examples, and with each text beside the next one's picture."""
+        """Loss on held-out examples, and with each text beside the next other picture."""
         if len(self.held_out) < 2:
             return {}
-        moved = [
-            replace(example, image=self.held_out[(i + 1) % len(self.held_out)].image)
-            for i, example in enumerate(self.held_out)
-        ]
+        moved = [_with_next_pictures(self.held_out, i) for i in range(len(self.held_out))]
         return {
             "held_out_loss": self.loss(self.held_out)[0].item(),
             "held_out_loss_shuffled": self.loss(moved)[0].item(),
         }
+
+
+def _with_next_pictures(examples: Sequence[Example], i: int) -> Example:
+    """Example i with the pictures of the next one that shows another: texts of one lie side by side."""
+    own = examples[i]
+    for step in range(1, len(examples)):
+        other = examples[(i + step) % len(examples)]
+        if not _same(own.image, other.image):
+            break
+    pictures = tuple(itertools.islice(itertools.cycle(other.pictures), len(own.pictures)))
+    return replace(own, image=pictures[0], others=pictures[1:])
+
+
+def _same(one: Picture, other: Picture) -> bool:
+    if isinstance(one, str | Path | bytes) and isinstance(other, str | Path | bytes):
+        return one == other
+    return one is other
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:

@@ -16,7 +16,7 @@ from core_llm.tokenizer import Tokenizer
 from core_llm.train.accumulate import accumulated, split
 from core_llm.train.answers import picked
 from vision_adapter.encoders import ImageEncoder, encoder_of, keep_statistics
-from vision_adapter.examples import Example
+from vision_adapter.examples import Example, only_pairs
 from vision_adapter.stages.presets import StageConfig
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class ContrastiveTask:
     ) -> None:
         from open_clip.loss import ClipLoss
 
+        only_pairs((*examples, *held_out), "contrastive")
         torch.manual_seed(seed)  # fixes the text tower
         adapter.requires_grad_(False)
         adapter.encoder.requires_grad_(True)
