@@ -11,6 +11,7 @@ from torch import nn
 from core_llm.checkpoint import read_tensors
 from core_llm.errors import CheckpointError, UserError
 from core_llm.files import WEIGHTS
+from core_llm.lora import LoRA, LoRAConfig
 from core_llm.model import Llama
 from core_llm.testing import tiny_core
 from core_llm.tokenizer import Tokenizer
@@ -156,6 +157,42 @@ def test_the_command_averages_folders(
     assert not torch.equal(mean["projector.weight"], stored[0]["projector.weight"])
 
 
+def with_updates(core: Llama) -> VisionAdapter:
+    adapter = fresh(core)
+    lora = LoRA(core, LoRAConfig(rank=2))
+    for parameter in lora.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    adapter.hold(lora)
+    return adapter
+
+
+def test_adapters_with_updates_of_the_core_are_refused(tmp_path: Path) -> None:
+    core, _ = tiny_core()  # one of its own: updates are attached to it
+    fresh(core, 2).save(tmp_path / "plain", core)
+    with_updates(core).save(tmp_path / "updated", core)
+    for folders in (["updated", "plain"], ["plain", "updated"], ["updated", "updated"]):
+        with pytest.raises(CheckpointError, match=r"updated: has low-rank updates.*leave it out") as caught:
+            average_folders([tmp_path / name for name in folders], tmp_path / "out")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_kept_checkpoints_of_an_adapter_with_updates_load(examples: list[Example], tmp_path: Path) -> None:
+    core, tokenizer = tiny_core()
+    config = replace(SFT, steps=3, average_top=2)
+    trained, _ = run_stage(
+        "sft", core, tokenizer, with_updates(core), (examples, examples[:3]), tmp_path, config
+    )
+    kept = sorted((tmp_path / "best").glob("step-*"))
+    assert len(kept) == 2 and trained.lora is not None
+    for folder in kept:
+        bare, _ = tiny_core()
+        loaded = load(folder, bare).lora
+        assert loaded is not None
+        for own, other in zip(trained.lora.parameters(), loaded.parameters(), strict=True):
+            assert torch.allclose(own, other, rtol=2**-8)
+
+
 def test_folders_that_do_not_belong_together_are_refused(family: Family, tmp_path: Path) -> None:
     core, _ = family
     other, _ = tiny_core(seed=5)
@@ -176,6 +213,8 @@ def test_folders_that_do_not_belong_together_are_refused(family: Family, tmp_pat
         average_folders([tmp_path / "a"], out)
     with pytest.raises(UserError, match="one of the folders"):
         average_folders([tmp_path / "a", tmp_path / "b"], tmp_path / "b")
+    with pytest.raises(UserError, match="one of the folders"):  # by another name
+        average_folders([tmp_path / "a", tmp_path / "b"], tmp_path / "a" / ".." / "b")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         average_folders([tmp_path / "a", tmp_path / "nowhere"], out)
     assert not out.exists()

@@ -71,6 +71,11 @@ def without_updates(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != _SETTING}
 
 
+def has_own_updates(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter with this config.json was saved with updates of its core."""
+    return _SETTING in config.get("adapter", {})
+
+
 def load_updates(directory: Path, core: Llama) -> LoRA | None:
     """The updates of the adapter in a folder, frozen and attached to the core; None where it has none.
 

@@ -21,6 +21,7 @@ from core_llm.errors import CheckpointError, UserError
 from core_llm.files import CONFIG, WEIGHTS, read_json, replacing, write_json
 from core_llm.hf_layout import save_tensors
 from core_llm.model import Llama
+from vision_adapter.updates import FOLDER, has_own_updates
 
 SCORE = "held_out_loss"  # lower is better
 _INDEX = "scores.json"
@@ -56,6 +57,9 @@ class BestCheckpoints:
         scores = self.scores() | {step: figures[SCORE]}
         best = sorted(scores, key=lambda each: (scores[each], each))[: self.keep]
         if step in best:
+            lora = getattr(self.module, "lora", None)
+            if lora is not None:  # frozen, the same in all: without them the folder would not load
+                lora.save(self.path(step) / FOLDER)
             write_adapter(self.path(step), self.config, self.module.state_dict(), torch.float32)
         self._name({each: scores[each] for each in best})
         for path in self.folder.glob("step-*"):
@@ -132,16 +136,22 @@ def average_folders(folders: Sequence[Path], out: Path) -> None:
     """Write the mean of adapters of one kind and one core to `out`.
 
     Raises `UserError` for fewer than two folders or an `out` among them, `CheckpointError` where they differ
-    in kind, core, configuration or shapes.
+    in kind, core, configuration or shapes, or have low-rank updates of their core: each was trained with its
+    own, and the mean of products is not the product of means.
     """
     if len(folders) < 2:
         raise UserError("give at least two adapter folders to average")
-    if out.absolute() in [folder.absolute() for folder in folders]:
+    if out.resolve() in [folder.resolve() for folder in folders]:
         raise UserError(f"{out}: is one of the folders to average; give another --out")
     configs = [read_config(folder) for folder in folders]
     first = configs[0]
     if "kind" not in first or "core_hash" not in first:
         raise CheckpointError(f"{folders[0]}: holds no adapter")
+    for folder, config in zip(folders, configs, strict=True):
+        if has_own_updates(config):
+            raise CheckpointError(
+                f"{folder}: has low-rank updates of its core, which cannot be averaged; leave it out"
+            )
     for folder, config in zip(folders[1:], configs[1:], strict=True):
         for key, what in (("kind", "kind"), ("core_hash", "core"), ("adapter", "configuration")):
             if config.get(key) != first[key]:
