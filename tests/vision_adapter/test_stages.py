@@ -24,6 +24,7 @@ from vision_adapter.adapter import VisionAdapter, load
 from vision_adapter.config import VisionConfig
 from vision_adapter.cross_attention import CrossAttentionBlock
 from vision_adapter.examples import Example, scene_examples
+from vision_adapter.fusion import FusionAdapter, FusionConfig
 from vision_adapter.stages.answers import AnswerTask, at_resolution, resize_positions
 from vision_adapter.stages.contrastive import ContrastiveTask
 from vision_adapter.stages.dpo import DPOTask, preference_loss
@@ -162,8 +163,9 @@ def test_the_graph_of_a_micro_batch_is_gone_before_the_next() -> None:
         assert accumulated(((weight * i).sum() for i in range(4)), [weight]).item() == 18
 
 
+@pytest.mark.parametrize("kind", ["vision", "fusion"])
 def test_gradients_of_the_image_memory_are_summed_in_fp32_under_autocast(
-    family: Family, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+    kind: str, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core, _ = family
     seen: list[torch.Tensor] = []
@@ -175,7 +177,8 @@ def test_gradients_of_the_image_memory_are_summed_in_fp32_under_autocast(
         return original(self, memory)
 
     monkeypatch.setattr(CrossAttentionBlock, "keys_values", recorded)
-    adapter = opened(core)
+    settings = {key: value for key, value in VISION.to_dict().items() if key != "cross_layers"}
+    adapter = opened(core) if kind == "vision" else FusionAdapter(FusionConfig("nano", settings), core.config)
     with torch.autocast("cpu", torch.bfloat16):
         memory = adapter.encode(torch.randn(2, 3, 32, 32))
         sum(
@@ -400,6 +403,8 @@ def test_unknown_names_and_sizes_say_what_there_is() -> None:
         replace(TINY, trained=("core",))
     with pytest.raises(UserError, match="must be positive"):
         replace(TINY, batch=0)
+    with pytest.raises(UserError, match="--image-size"):
+        replace(TINY, image_size=-8)
 
 
 def test_an_adapter_moves_to_another_core_only_when_asked(family: Family, tmp_path: Path) -> None:
@@ -408,9 +413,44 @@ def test_an_adapter_moves_to_another_core_only_when_asked(family: Family, tmp_pa
     other, _ = tiny_core(seed=5)
     with pytest.raises(CheckpointError, match="another core"):
         starting_adapter(str(tmp_path / "eyes"), other, False, 0, 0)
+    shallow = Llama(replace(other.config, n_layers=1)).initialise(0)
+    with pytest.raises(CheckpointError, match="a layer before block 1, this core only 1 blocks"):
+        starting_adapter(str(tmp_path / "eyes"), shallow, True, 0, 0)
     moved = starting_adapter(str(tmp_path / "eyes"), other, True, 0, 0)
     own = load(tmp_path / "eyes", core)
     assert all(tensor.equal(own.state_dict()[name]) for name, tensor in moved.state_dict().items())
+
+
+def test_core_and_adapter_stand_where_the_command_says(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, tokenizer = family
+    save_core(tmp_path / "core", core, tokenizer)
+    opened(core).save(tmp_path / "eyes", core)
+    found: list[set[str]] = []
+
+    def stop(stage: str, core: Llama, tokenizer: Tokenizer, adapter: torch.nn.Module, *_: object) -> None:
+        found.append({p.device.type for module in (core, adapter) for p in module.parameters()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vision_adapter.stages.command.run_stage", stop)
+    # "meta" stands in for a device that is not the CPU.
+    monkeypatch.setattr(
+        "core_llm.devices.chosen_device", lambda name: torch.device("meta" if name == "cuda" else "cpu")
+    )
+    for device, start, swap in (("cpu", "eyes", False), ("cuda", "eyes", True), ("cuda", "new", False)):
+        adapter = start if start == "new" else str(tmp_path / start)
+        with pytest.raises(KeyboardInterrupt):
+            cli.stage(
+                "sft",
+                "scenes",
+                tmp_path / "out",
+                str(tmp_path / "core"),
+                adapter,
+                swap_core=swap,
+                device=device,
+            )  # type: ignore[arg-type]
+    assert found == [{"cpu"}, {"meta"}, {"meta"}]
 
 
 def test_command_trains_stage_after_stage(
@@ -432,7 +472,8 @@ def test_command_trains_stage_after_stage(
     start = "new"
     for name, size in (("contrastive", 32), ("anneal", 40), ("dpo", 40)):
         out = tmp_path / name
-        cli.stage(name, str(folder), out, str(tmp_path / "core"), start, steps=2, batch=2, image_size=size)
+        sizes = {"steps": 2, "batch": 2, "image_size": size}
+        cli.stage(name, str(folder), out, str(tmp_path / "core"), start, **sizes, device="cpu")
         start = str(out)
         said = capsys.readouterr().out
         assert f"{name}: 3" in said and "held_out_loss" in said

@@ -89,6 +89,35 @@ class RowMemory:
     filled: Tensor  # bool [B, N]
 
 
+def bound(
+    blocks: Mapping[str, nn.Module], memory: ImageMemory, spans: Spans, positions: int
+) -> dict[int, Callable[[Tensor], Tensor]]:
+    """Cross-attention blocks, by layer, bound to the parts of P that each text position sees.
+
+    positions: S, of every part. Where a row has one part there is nothing to choose: a position reads it all
+    or its result is dropped.
+    """
+    visible = spans.visible()  # [B, T, P]
+    sees = visible.any(dim=-1)
+    layout = memory.by_row(spans.rows, len(visible))
+    mask = Mask.full()
+    if layout.index.shape[1] > 1:
+        index = layout.index[:, None].expand(-1, visible.shape[1], -1)
+        own = visible.gather(2, index) & layout.filled[:, None]
+        mask = Mask.pairs(own.repeat_interleave(positions, dim=2))
+    everywhere = None if bool(sees.all()) else sees
+    return {
+        int(layer): partial(
+            block,
+            keys=layout.keys[int(layer)],
+            values=layout.values[int(layer)],
+            mask=mask,
+            sees=everywhere,
+        )
+        for layer, block in blocks.items()
+    }
+
+
 class VisionAdapter(WithUpdates):
     """The Adapter for `Image` parts; holds none of the core's parameters."""
 
@@ -141,36 +170,10 @@ class VisionAdapter(WithUpdates):
             )
         if memory.count == 0:
             return {}
-        visible = spans.visible()  # [B, T, P]
-        sees = visible.any(dim=-1)
-        layout = memory.by_row(spans.rows, len(visible))
-        mask = self._mask(visible, layout)
-        everywhere = None if bool(sees.all()) else sees
-        return {
-            int(layer): partial(
-                block,
-                keys=layout.keys[int(layer)],
-                values=layout.values[int(layer)],
-                mask=mask,
-                sees=everywhere,
-            )
-            for layer, block in self._blocks()
-        }
+        return bound(dict(self._blocks()), memory, spans, self.config.n_patches)
 
     def _blocks(self) -> list[tuple[str, CrossAttentionBlock]]:
         return [(layer, block) for layer, block in self.cross_attention.items()]  # type: ignore[misc]
-
-    def _mask(self, visible: Tensor, layout: RowMemory) -> Mask:
-        """Which memory positions each text position reads.
-
-        With one picture per row there is nothing to choose: a position reads it all or its result is dropped.
-        """
-        if layout.index.shape[1] == 1:
-            return Mask.full()
-        batch, length, _ = visible.shape
-        index = layout.index[:, None].expand(batch, length, -1)
-        own = visible.gather(2, index) & layout.filled[:, None]
-        return Mask.pairs(own.repeat_interleave(self.config.n_patches, dim=2))
 
     def gates(self) -> dict[str, float]:
         """tanh of every gate, by name: the share of the image path that each block lets through."""
@@ -255,5 +258,10 @@ def load_on_other_core(where: str | Path, core: Llama) -> "ImageAdapter":
         adapter = FusionAdapter(FusionConfig.from_dict(values), core.config, with_weights=False)
     else:
         adapter = VisionAdapter(VisionConfig.from_dict(values), core.config)
+    beyond = [layer for layer in adapter.cross_attention if int(layer) >= core.config.n_layers]
+    if beyond:  # they would never be called
+        raise CheckpointError(
+            f"{directory}: has a layer before block {beyond[0]}, this core only {core.config.n_layers} blocks"
+        )
     load_strict(adapter, read_tensors(directory / WEIGHTS), directory)
     return adapter

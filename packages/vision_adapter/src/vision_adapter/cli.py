@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -148,6 +148,7 @@ def stage(
     swap_core: bool = False,
     trainable: str = "",
     lora_rank: int = 8,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Train one stage of the paper's recipe; the same command continues an interrupted run.
 
@@ -173,14 +174,17 @@ def stage(
         trainable: Parts that learn, by default the whole adapter: a list such as projector,cross_attention,
             of encoder, projector, cross_attention and core-lora (low-rank updates beside the core's weights).
         lora_rank: Rank of the core's updates where they begin.
+        device: Where core and adapter stand: cpu, cuda, or auto (a GPU where there is one for each process).
     """
+    from core_llm.devices import chosen_device
     from vision_adapter.stages.command import train_stage
     from vision_adapter.stages.trainable import chosen_parts
 
     sizes = {"steps": steps, "batch": batch, "micro_batch": micro_batch, "lr": lr, "image_size": image_size}
     given = {key: value for key, value in {**sizes, "average_top": average_top}.items() if value}
     chosen = {"trained": chosen_parts(trainable, name), "lora_rank": lora_rank}
-    train_stage(name, data, out, core, adapter, preset, data_root, given | chosen, seed, swap_core)
+    where = chosen_device(device)
+    train_stage(name, data, out, core, adapter, preset, data_root, given | chosen, seed, swap_core, where)
 
 
 def average(
@@ -231,11 +235,14 @@ def curate(
         limit: Read only so many pairs (0: all).
         seed: Seed of the resampling.
     """
+    from core_llm.errors import UserError
     from vision_adapter.curate_run import CurationConfig
     from vision_adapter.curate_run import curate as run
     from vision_adapter.examples import load_examples
 
     config = CurationConfig(dedup, clip_score, resample, embed, ngram, seed, ocr)
+    if limit < 0:
+        raise UserError("--limit must not be negative")
     examples = load_examples(source, data_root, "all")
     report = run(examples[: limit or None], out, config)
     print(f"kept {report['kept']} of {report['read']} pairs; {out / 'report.json'}")
@@ -270,10 +277,13 @@ def train_video(
     import torch
 
     from core_llm.checkpoint import load_core
+    from core_llm.errors import UserError
     from vision_adapter.adapter import load_own
     from vision_adapter.stages import video as training
     from vision_adapter.video_adapter import VideoAdapter, VideoConfig
 
+    if steps < 0:
+        raise UserError("--steps must not be negative")
     recipe = training.VideoRecipe()
     recipe = replace(
         recipe,

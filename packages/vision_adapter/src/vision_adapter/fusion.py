@@ -121,7 +121,8 @@ class FusionAdapter(MllamaAdapter):
     def encode(self, inputs: Any) -> TileMemory:
         """Prepared pictures → keys and values of every cross-attention block, once per request."""
         features = self._encoder.encode(inputs)
-        memory = self.projector(features.values)[None]
+        # In fp32 where autocast made it bf16: the gradients from all blocks are summed in this dtype.
+        memory = self.projector(features.values).to(self.projector.weight.dtype)[None]
         keys: dict[int, Tensor] = {}
         values: dict[int, Tensor] = {}
         for layer, block in self._blocks():

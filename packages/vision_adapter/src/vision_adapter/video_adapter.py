@@ -6,7 +6,6 @@ R resampler width, C core width, B batch, T text positions.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from core_llm.config import LlamaConfig
 from core_llm.errors import CheckpointError, MediaError
 from core_llm.kernels import Mask, attend
 from core_llm.model import Llama
-from vision_adapter.adapter import ImageMemory, VisionAdapter
+from vision_adapter.adapter import ImageMemory, VisionAdapter, bound
 from vision_adapter.cross_attention import CrossAttentionBlock
 from vision_adapter.images import tile
 from vision_adapter.video import frames
@@ -196,26 +195,8 @@ class VideoAdapter(nn.Module):
         """
         if len(spans.rows) != memory.count:
             raise MediaError(f"the text has {len(spans.rows)} video placeholders, {memory.count} were given")
-        visible = spans.visible()  # [B, T, V]
-        sees = visible.any(dim=-1)
-        layout = memory.by_row(spans.rows, len(visible))
-        mask = Mask.full()  # with one video per row a position reads it all, or its result is dropped
-        if layout.index.shape[1] > 1:
-            index = layout.index[:, None].expand(-1, visible.shape[1], -1)
-            own = visible.gather(2, index) & layout.filled[:, None]
-            positions = self.config.frames // self.config.merged * self.config.latents
-            mask = Mask.pairs(own.repeat_interleave(positions, dim=2))
-        everywhere = None if bool(sees.all()) else sees
-        return {
-            int(layer): partial(
-                block,
-                keys=layout.keys[int(layer)],
-                values=layout.values[int(layer)],
-                mask=mask,
-                sees=everywhere,
-            )
-            for layer, block in self._blocks()
-        }
+        positions = self.config.frames // self.config.merged * self.config.latents
+        return bound(dict(self._blocks()), memory, spans, positions)
 
     def _blocks(self) -> list[tuple[str, nn.Module]]:
         return list(self.cross_attention.items())

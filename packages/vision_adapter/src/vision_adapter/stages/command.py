@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from core_llm.checkpoint import load_core
 from core_llm.data.sources import SOURCES
 from core_llm.errors import UserError
@@ -25,6 +27,7 @@ def train_stage(
     given: Mapping[str, Any],
     seed: int,
     swap_core: bool,
+    device: torch.device,
 ) -> None:
     """Train one stage, save the adapter with its card, print the figures. `given` replaces preset settings.
 
@@ -35,6 +38,7 @@ def train_stage(
         raise UserError(f"--average-top belongs to sft, not to {name}")
     examples, held_out = train_and_held_out(data, data_root)
     model, tokenizer = load_core(core)
+    model.to(device)
     start = starting_adapter(adapter, model, swap_core, seed, config.image_size)
     if not ("image_size" in given or isinstance(start, VisionAdapter)):
         config = replace(config, image_size=0)  # the presets' sizes are those of the bundled adapter's kind

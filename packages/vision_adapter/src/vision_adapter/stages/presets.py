@@ -46,8 +46,9 @@ class StageConfig(StageSettings):
         if unknown or not self.trained:
             what = f"unknown part '{unknown[0]}'" if unknown else "no part is trained"
             raise UserError(f"{what}; known: {', '.join((*PARTS, CORE_LORA))}")
-        if min(self.steps, self.batch) < 1 or self.micro_batch < 0 or self.lr <= 0:
-            raise UserError("steps, batch and lr must be positive, and micro_batch not negative")
+        super().__post_init__()
+        if self.image_size < 0:
+            raise UserError("--image-size must not be negative")
         if self.average_top < 0:
             raise UserError("--average-top must not be negative")
 

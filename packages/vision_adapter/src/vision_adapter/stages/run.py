@@ -81,7 +81,7 @@ def _fit_and_average(task: AnswerTask, settings: FitConfig, keep: int) -> dict[s
 
 
 def starting_adapter(where: str, core: Llama, swap_core: bool, seed: int, image_size: int) -> "ImageAdapter":
-    """A fresh adapter (where: "new"), or a saved one.
+    """A fresh adapter (where: "new"), or a saved one, on the core's device.
 
     swap_core: put an adapter of another core of the same shape on this one, as post-training does with the
     instruct core (arXiv 2407.21783, section 7.5). Raises `CheckpointError` where it does not fit.
@@ -89,7 +89,8 @@ def starting_adapter(where: str, core: Llama, swap_core: bool, seed: int, image_
     if where == "new":
         torch.manual_seed(seed)
         config = VisionConfig()
-        return VisionAdapter(replace(config, image_size=image_size or config.image_size), core.config)
+        fresh = VisionAdapter(replace(config, image_size=image_size or config.image_size), core.config)
+        return fresh.to(core.embed_tokens.weight.device)
     if not swap_core:
         return load(where, core)
-    return load_on_other_core(where, core)
+    return load_on_other_core(where, core).to(core.embed_tokens.weight.device)
