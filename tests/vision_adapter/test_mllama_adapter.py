@@ -17,7 +17,7 @@ from core_llm.testing import tiny_core
 from core_llm.tokenizer import Tokenizer
 from vision_adapter.mllama_adapter import MllamaAdapter
 from vision_adapter.mllama_config import MllamaConfig
-from vision_adapter.mllama_encoder import Tiles
+from vision_adapter.mllama_encoder import Tiles, VisionBlock
 from vision_adapter.mllama_memory import plan
 
 CONFIG = MllamaConfig(
@@ -178,6 +178,27 @@ def test_training_reaches_every_parameter_and_leaves_the_core_as_it_is(family: F
     assert dead == [] and all(p.grad is None for p in core.parameters())
     optimizer.step()
     assert core_hash(core) == before
+
+
+def test_the_last_block_leaves_out_padding_and_gives_what_it_would_give(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = family[2]
+    tiles = adapter.preprocess([picture(0, 56, 28), picture(1)])
+    rows: list[int] = []
+    hook = adapter.encoder.global_transformer.layers[-1].mlp.register_forward_hook(
+        lambda module, inputs, output: rows.append(inputs[0].shape[1])
+    )
+    saved = adapter.encoder(tiles)
+    hook.remove()
+    assert rows == [CONFIG.n_positions, 2 * CONFIG.n_positions]  # of one tile, of two; not of four, padded
+    short = VisionBlock.forward
+
+    def whole(self: VisionBlock, x: torch.Tensor, n_real: int, last: bool = False) -> torch.Tensor:
+        return short(self, x, n_real)
+
+    monkeypatch.setattr(VisionBlock, "forward", whole)
+    assert torch.allclose(adapter.encoder(tiles), saved, atol=1e-5)
 
 
 def test_bf16_stays_close_to_fp32(family: Family) -> None:

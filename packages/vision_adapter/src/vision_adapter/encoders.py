@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from vision_adapter.config import VisionConfig
 from vision_adapter.encoder import Encoder
-from vision_adapter.images import Picture, decode, fit_size, tiles
+from vision_adapter.images import Picture, fit_size, tiles
 from vision_adapter.mllama_config import MllamaConfig
 from vision_adapter.mllama_encoder import MllamaEncoder, Tiles, check_tiles
-from vision_adapter.tiles import choose_grid, fitted_size, tile_image
+from vision_adapter.tiles import choose_grid, fitted_size, tiles_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +106,7 @@ class MllamaTiles(nn.Module):
 
     def preprocess(self, pictures: Sequence[Picture]) -> Tiles:
         """Pictures → their tiles."""
-        size, most = self.config.image_size, self.config.max_tiles
-        if not pictures:
-            return Tiles(torch.zeros(0, 3, size, size), (), ())
-        tiled = [tile_image(decode(picture), size, most) for picture in pictures]
-        pixels = torch.cat([pixels for pixels, _, _ in tiled])
-        return Tiles(pixels, tuple(len(p) for p, _, _ in tiled), tuple(ratio for _, _, ratio in tiled))
+        return tiles_of(pictures, self.config.image_size, self.config.max_tiles)
 
     def encode(self, inputs: Tiles) -> Features:
         """Tiles → features of all of them, tile by tile, each tile's class token first."""

@@ -22,6 +22,7 @@ from vision_adapter.cross_attention import CrossAttentionBlock
 from vision_adapter.mllama_config import MllamaConfig
 from vision_adapter.mllama_encoder import Affine, MllamaEncoder, Tiles, check_tiles
 from vision_adapter.mllama_memory import Plan, TileMemory, plan
+from vision_adapter.tiles import tiles_of
 from vision_adapter.updates import WithUpdates
 
 KIND = "mllama"
@@ -50,13 +51,7 @@ class MllamaAdapter(WithUpdates):
 
     def preprocess(self, parts: Sequence[Image]) -> Tiles:
         """Pictures → their tiles. Raises `MediaError` that names the one it cannot read."""
-        from vision_adapter.images import decode
-        from vision_adapter.tiles import tile_image
-
-        size, most = self.config.image_size, self.config.max_tiles
-        tiled = [tile_image(decode(part.data), size, most) for part in parts]
-        pixels = torch.cat([pixels for pixels, _, _ in tiled])
-        return Tiles(pixels, tuple(len(p) for p, _, _ in tiled), tuple(ratio for _, _, ratio in tiled))
+        return tiles_of([part.data for part in parts], self.config.image_size, self.config.max_tiles)
 
     def features(self, inputs: Tiles) -> Tensor:
         """Tiles [N, 3, size, size] → what cross-attention reads, in the core's width [S, C]."""

@@ -55,18 +55,19 @@ class VisionAttention(nn.Module):
         self.v_proj = Linear(config.dim, config.dim)
         self.o_proj = Linear(config.dim, config.dim)
 
-    def forward(self, x: Tensor, n_real: int) -> Tensor:
-        """[P, T, E], the first `n_real` positions real → [P, T, E].
+    def forward(self, x: Tensor, n_real: int, last: bool = False) -> Tensor:
+        """[P, T, E], the first `n_real` positions real → [P, T, E], or with `last` [P, n_real, E].
 
         Real positions see every position and padding sees the real ones: the mask of the released weights,
         as two products without a mask.
         """
+        asking = x[:, :n_real] if last else x
         q, k, v = (
-            proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(rows).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+            for proj, rows in ((self.q_proj, asking), (self.k_proj, x), (self.v_proj, x))
         )
         mixed = attend(q[:, :, :n_real], k, v, Mask.full())
-        if n_real < x.shape[1]:
+        if n_real < asking.shape[1]:
             padding = attend(q[:, :, n_real:], k[:, :, :n_real], v[:, :, :n_real], Mask.full())
             mixed = torch.cat([mixed, padding], dim=2)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
@@ -107,10 +108,13 @@ class VisionBlock(nn.Module):
         self.gate_attn = _gate() if gated else None
         self.gate_ffn = _gate() if gated else None
 
-    def forward(self, x: Tensor, n_real: int) -> Tensor:
-        """[P, T, E] → [P, T, E]."""
-        attended = self.self_attn(self.input_layernorm(x), n_real)
-        x = x + (attended if self.gate_attn is None else self.gate_attn.tanh() * attended)
+    def forward(self, x: Tensor, n_real: int, last: bool = False) -> Tensor:
+        """[P, T, E] → [P, T, E]; with `last` only the real positions [P, n_real, E], for which padding is
+        still read but nothing else of it computed."""
+        attended = self.self_attn(self.input_layernorm(x), n_real, last)
+        x = (x[:, :n_real] if last else x) + (
+            attended if self.gate_attn is None else self.gate_attn.tanh() * attended
+        )
         fed = self.mlp(self.post_attention_layernorm(x))
         return x + (fed if self.gate_ffn is None else self.gate_ffn.tanh() * fed)
 
@@ -214,8 +218,9 @@ class MllamaEncoder(nn.Module):
                 captured.append((before if config.capture == "input" else x)[:, :n_real])
         tile = self.post_tile_positional_embedding(ratios).index_select(1, order // config.n_padded)
         x = self.layernorm_post(x) + tile
-        for block in self.global_transformer.layers:
-            x = block(x, n_real)
+        n_global = len(self.global_transformer.layers)
+        for index, block in enumerate(self.global_transformer.layers, start=1):
+            x = block(x, n_real, last=index == n_global)  # what comes out for padding is cut off below
         features = [x[:, :n_real]]
         if captured:  # interleaved by channel: all captured layers' first channels, then their second, ...
             features.append(torch.stack(captured, dim=-1).flatten(-2))

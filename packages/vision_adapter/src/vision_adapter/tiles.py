@@ -4,6 +4,7 @@ Axes: N tiles in reading order, 3 channels, S pixels along a tile's edge.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,8 +12,9 @@ from PIL import Image as Pillow
 from torch import Tensor
 
 from core_llm.errors import MediaError
-from vision_adapter.images import describe_source, to_rgb
+from vision_adapter.images import Picture, decode, describe_source, to_rgb
 from vision_adapter.mllama_config import tile_grids
+from vision_adapter.mllama_encoder import Tiles
 
 # Per channel, of pixels in 0..1: those of CLIP (arXiv 2103.00020), which the released models share.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -45,6 +47,15 @@ def fitted_size(width: int, height: int, tile_size: int, grid: tuple[int, int]) 
     if most_wide / width < most_high / height:
         return most_wide, min(math.floor(height * (most_wide / width)) or 1, most_high)
     return min(math.floor(width * (most_high / height)) or 1, most_wide), most_high
+
+
+def tiles_of(pictures: Sequence[Picture], tile_size: int, max_tiles: int) -> Tiles:
+    """Decode pictures and cut them into tiles. Raises `MediaError` that names the one it cannot read."""
+    if not pictures:
+        return Tiles(torch.zeros(0, 3, tile_size, tile_size), (), ())
+    tiled = [tile_image(decode(picture), tile_size, max_tiles) for picture in pictures]
+    pixels = torch.cat([pixels for pixels, _, _ in tiled])
+    return Tiles(pixels, tuple(len(p) for p, _, _ in tiled), tuple(ratio for _, _, ratio in tiled))
 
 
 def tile_image(image: Pillow.Image, tile_size: int, max_tiles: int) -> tuple[Tensor, tuple[int, int], int]:
