@@ -19,7 +19,7 @@ from core_llm.testing import tiny_core
 from vision_adapter import cli, overlay
 from vision_adapter.adapter import VisionAdapter, load
 from vision_adapter.config import VisionConfig
-from vision_adapter.encoders import nano_view
+from vision_adapter.encoders import View, nano_view
 from vision_adapter.explain import Explanation, attention_weights, explain
 from vision_adapter.scenes import draw, draw_layout, layout, patch_labels
 
@@ -201,3 +201,10 @@ def test_command_writes_the_overlay_and_names_a_wrong_ending(
     assert str(out) in capsys.readouterr().out
     with pytest.raises(UserError, match=r"overlay\.txt"):
         cli.explain(tmp_path / "scene.png", "what?", tmp_path / "overlay.txt")
+
+
+def test_a_view_of_less_than_a_pixel_is_drawn_as_one() -> None:
+    maps = torch.full((1, 2, 2), 0.25)
+    view = View(torch.arange(4).view(2, 2), (0.0, 499.5, 1.0, 500.5))  # of a crop from the middle
+    heat = Explanation("?", "!", ("!",), maps, view, Pillow.new("RGB", (1, 1000))).heat(maps[0])
+    assert heat.shape == (1000, 1) and (heat > 0).sum() == 1 and heat[500, 0] == pytest.approx(1.0)

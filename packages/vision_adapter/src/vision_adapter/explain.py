@@ -50,11 +50,11 @@ class Explanation:
         width, height = self.picture.size
         left, top, right, bottom = self.view.box
         across, down = columns / (right - left), rows / (bottom - top)  # patches per pixel
-        inner = (
-            max(0, round(left)),
-            max(0, round(top)),
-            min(width, round(right)),
-            min(height, round(bottom)),
+        first = min(max(0, round(left)), width - 1), min(max(0, round(top)), height - 1)
+        inner = (  # a pixel at least: of a very long picture some towers see less than that
+            *first,
+            max(first[0] + 1, min(width, round(right))),
+            max(first[1] + 1, min(height, round(bottom))),
         )
         source = (
             max(0.0, (inner[0] - left) * across),
