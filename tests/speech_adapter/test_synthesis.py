@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from speech_adapter.synthesis import (
     TRAIN_VOICES,
     SynthesisError,
     Utterance,
+    in_processes,
     speak,
     speak_all,
 )
@@ -100,3 +102,16 @@ def test_without_the_optional_dependency_the_error_says_what_to_install(
             speak("hello")
     finally:
         synthesis._engine.cache_clear()
+
+
+def _fails(job: int) -> int:
+    if job == 2:
+        os._exit(3)
+    return job * 10
+
+
+def test_a_process_that_dies_is_one_line_and_no_endless_wait() -> None:
+    assert sorted(in_processes(_fails, [0, 1, 3], 2, fresh=True)) == [0, 10, 30]
+    for fresh in (True, False):
+        with pytest.raises(SynthesisError, match="has died.*__main__"):
+            list(in_processes(_fails, [2], 1, fresh))

@@ -69,6 +69,7 @@ def test_same_seed_same_bytes_whatever_the_workers_and_kills(
     # Killed inside its second chunk: two recordings are there, none of its rows, and a half-written file.
     (tmp_path / "broken" / synthesize.PARTS / "000001.jsonl").unlink()
     (tmp_path / "broken" / "audio" / "0000007.flac").unlink()
+    (tmp_path / "broken" / "audio" / ".0000007.flac.123").write_bytes(b"fLaC")
     assert not (tmp_path / "broken" / synthesize.TABLE).exists()
     monkeypatch.setattr(synthesize, "_publish", publish)
     counts = synthesize.synthesize(texts(10), tmp_path / "broken", settings, workers=2)
@@ -152,6 +153,18 @@ def test_impossible_settings_and_folders_are_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             Settings(**wrong)  # type: ignore[arg-type]
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        synthesize.synthesize(texts(1), tmp_path / "a file", Settings())
+    (tmp_path / "a file").unlink()
+    with pytest.raises(UserError, match="no text"):
+        synthesize.synthesize([], tmp_path / "new", Settings())
+    with pytest.raises(UserError, match="--limit"):
+        load_texts("phrases", limit=-1)
+    for wrong_voice in ({"voice": "en-us,no-such"}, {"language": "no-such"}):
+        with pytest.raises(SynthesisError, match="no-such"):
+            synthesize.synthesize(texts(1), tmp_path / "new", Settings(**wrong_voice))  # type: ignore[arg-type]
+    assert not (tmp_path / "new").exists()
     (tmp_path / "mine.txt").write_text("keep me")
     with pytest.raises(UserError, match="not empty"):
         synthesize.synthesize(texts(1), tmp_path, Settings())
@@ -214,6 +227,10 @@ def test_neural_speech_is_written_offline_from_a_folder(vits: Path, tmp_path: Pa
         counts = synthesize.synthesize(texts(4), tmp_path / name, settings, workers=1)
         assert counts == {"rows": 4, "silent": 0}
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    only, _ = chosen_voices(f"hf:{vits}#1", "en")
+    assert only == [f"hf:{vits}#1"]
+    with pytest.raises(UserError, match="2 speakers"):
+        chosen_voices(f"hf:{vits}#2", "en")
     voices = [json.loads(r)["voice"] for r in (tmp_path / "a" / "metadata.jsonl").read_text().splitlines()]
     assert Counter(voices) == {f"hf:{vits}#0": 2, f"hf:{vits}#1": 2}
 

@@ -19,6 +19,7 @@ from speech_adapter.synthesis import (
     SynthesisError,
     Utterance,
     available,
+    check_voices,
     speak_one,
 )
 
@@ -57,7 +58,7 @@ class EspeakSpeaker:
 
 
 class NeuralSpeaker:
-    """A text-to-speech model of transformers (VITS, MMS, SpeechT5, Bark ...): a hub id or a local folder.
+    """A text-to-speech model of transformers that needs text alone (VITS, MMS): a hub id or a local folder.
 
     The utterance's speed changes the speaking rate where the model has one (VITS); pitch and range do
     nothing. A model with several speakers takes the number behind the last "#" of the voice.
@@ -95,8 +96,8 @@ class NeuralSpeaker:
         torch.manual_seed(line.seed)
         if hasattr(self.model, "speaking_rate"):
             self.model.speaking_rate = self.rate_of_model * line.utterance.speed / Utterance.speed
-        number = line.utterance.voice.rpartition("#")[2]
-        options = {"speaker_id": int(number)} if number.isdigit() else {}
+        _, number = _model_and_number(line.utterance.voice)
+        options = {} if number is None else {"speaker_id": number}
         said = self.pipeline(line.utterance.text, forward_params=options)
         samples = np.asarray(said["audio"], dtype=np.float32).reshape(-1)
         samples = np.nan_to_num(samples) / max(1.0, float(np.abs(samples).max(initial=0.0)))
@@ -108,25 +109,40 @@ class NeuralSpeaker:
         return tuple(f"#{i}" for i in range(n)) if n > 1 else ("",)
 
 
-@cache
 def speaker(voice: str) -> Speaker:
-    """The speaker of a voice by its name, once per process."""
+    """The speaker of a voice by its name; a model is loaded once per process."""
     if voice.startswith(NEURAL):
-        return NeuralSpeaker(voice.removeprefix(NEURAL).partition("#")[0])
+        return _neural(_model_and_number(voice)[0])
     return EspeakSpeaker()
+
+
+@cache
+def _neural(name: str) -> NeuralSpeaker:
+    return NeuralSpeaker(name)
+
+
+def _model_and_number(voice: str) -> tuple[str, int | None]:
+    """ "hf:MODEL#3" → ("MODEL", 3); without a number, None."""
+    name, mark, number = voice.removeprefix(NEURAL).rpartition("#")
+    return (name, int(number)) if mark and number.isdigit() else (voice.removeprefix(NEURAL), None)
 
 
 def chosen_voices(names: str, language: str) -> tuple[Sequence[str], Sequence[str]]:
     """Voices for training and voices held apart from it.
 
-    names: "train", "held-out", a list of espeak voices with commas, or "hf:" with a model. language: of the
+    names: "train", "held-out", a list of espeak voices with commas, or "hf:" with a model, all of whose
+    speakers take part unless "#" and a number name one. language: of the
     texts; for another than English the accents of the training voices give way to it. Raises
     `SynthesisError` where the voice or what speaks it is missing.
     """
     if names.startswith(NEURAL):
-        model = speaker(names)
-        assert isinstance(model, NeuralSpeaker)
-        return [names + voice for voice in model.voices()], []
+        name, number = _model_and_number(names)
+        known = _neural(name).voices()
+        if number is None:
+            return [names + voice for voice in known], []
+        if f"#{number}" not in known:
+            raise UserError(f"{names}: the model has {len(known)} speakers, numbered from 0")
+        return [names], []
     if not available():
         raise SynthesisError(INSTALL_HINT)
     train: Sequence[str] = TRAIN_VOICES
@@ -134,6 +150,7 @@ def chosen_voices(names: str, language: str) -> tuple[Sequence[str], Sequence[st
     if language != "en":
         train = [language + timbre for timbre in TRAIN_TIMBRES]
         apart = sorted({f"{language}+{voice.partition('+')[2]}" for voice in HELD_OUT_VOICES})
+        check_voices([language])
     if names == "train":
         return train, apart
     if names == "held-out":
@@ -141,4 +158,5 @@ def chosen_voices(names: str, language: str) -> tuple[Sequence[str], Sequence[st
     listed = [name.strip() for name in names.split(",") if name.strip()]
     if not listed:
         raise UserError("--voice is empty: give train, held-out, espeak voices, or hf:MODEL")
+    check_voices(listed)
     return listed, []

@@ -13,15 +13,20 @@ import multiprocessing
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from core_llm.errors import UserError
 
+Job = TypeVar("Job")
+Done = TypeVar("Done")
 INSTALL_HINT = "no speech synthesis: install it with pip install 'speech-adapter[espeak]'"
 
 _TRAIN_ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-us-nyc", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
@@ -135,12 +140,16 @@ class _Engine:
             i += 1
         return 0
 
+    def choose(self, voice: str) -> None:
+        """Speak in this voice from now on."""
+        if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
+            known = ", ".join(HELD_OUT_VOICES)
+            raise SynthesisError(f"unknown espeak voice '{voice}'; try one of {known}")
+
     def speak(self, utterance: Utterance, seed: int) -> np.ndarray:
         """int16 samples [N] at `self.rate`; the phonemes are left in `self.phonemes`."""
         self.library.espeak_ng_SetRandSeed(seed & 0x7FFFFFFF)  # else the clock seeds the noise of some voices
-        if self.library.espeak_SetVoiceByName(utterance.voice.encode()) != 0:
-            known = ", ".join(HELD_OUT_VOICES)
-            raise SynthesisError(f"unknown espeak voice '{utterance.voice}'; try one of {known}")
+        self.choose(utterance.voice)
         settings = ((_RATE, utterance.speed), (_PITCH, utterance.pitch), (_RANGE, utterance.range))
         for parameter, value in settings:
             self.library.espeak_SetParameter(parameter, int(value), 0)
@@ -179,6 +188,13 @@ def available() -> bool:
     except (SynthesisError, OSError):
         return False
     return True
+
+
+def check_voices(voices: Sequence[str]) -> None:
+    """Raise SynthesisError that names a voice which espeak-ng does not have."""
+    with _lock:
+        for voice in voices:
+            _engine().choose(voice)
 
 
 def speak(text: str, voice: str = "en-us", speed: int = 165, pitch: int = 50) -> tuple[np.ndarray, int]:
@@ -234,15 +250,42 @@ def speak_all(
     files = [cache_dir / f"{_chunk_key(part, rate)}.npz" for part in chunks]
     todo = [(part, rate, file) for part, file in zip(chunks, files, strict=True) if not file.exists()]
     if todo:
-        # spawn: a forked copy of a process that already uses torch's threads can hang.
-        # One chunk per process: the voices' flutter runs on from clip to clip, so only a fresh library
-        # speaks a chunk the same way every time.
-        pool_of = multiprocessing.get_context("spawn").Pool
-        with pool_of(min(processes, len(todo)), maxtasksperchild=1) as pool:
-            done = pool.imap_unordered(_write_chunk, todo)
-            for _ in tqdm(done, total=len(todo), desc="synthesis", unit="chunk", mininterval=2.0):
-                pass
+        # The voices' flutter runs on from clip to clip: only a fresh library speaks a chunk the same way
+        # every time.
+        done = in_processes(_write_chunk, todo, processes, fresh=True)
+        for _ in tqdm(done, total=len(todo), desc="synthesis", unit="chunk", mininterval=2.0):
+            pass
     return [speech for file in files for speech in _read_chunk(file)]
+
+
+def in_processes(
+    function: Callable[[Job], Done], jobs: Sequence[Job], workers: int, fresh: bool
+) -> Iterator[Done]:
+    """function(job) of every job, in any order, in `workers` processes at a time; `fresh`: one for each job.
+
+    What a job raises is raised here; SynthesisError where a process dies.
+    """
+    # spawn: a forked copy of a process that already uses torch's threads can hang.
+    pool_of = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
+
+    def alone(job: Job) -> Done:
+        with pool_of(1) as pool:
+            return pool.submit(function, job).result()
+
+    workers = max(1, min(workers, len(jobs)))
+    with ThreadPoolExecutor(workers) if fresh else pool_of(workers) as pool:
+        running = [pool.submit(alone if fresh else function, job) for job in jobs]
+        try:
+            for each in as_completed(running):
+                yield each.result()
+        except BrokenProcessPool:
+            raise SynthesisError(
+                "a process that speaks has died: out of memory, or called from a script without "
+                "`if __name__ == '__main__':`; what is finished is kept"
+            ) from None
+        finally:
+            for each in running:
+                each.cancel()
 
 
 def _chunk_key(utterances: Sequence[Utterance], rate: int) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -21,7 +20,7 @@ import numpy as np
 
 from core_llm.errors import UserError
 from speech_adapter.speakers import Line, chosen_voices, speaker
-from speech_adapter.synthesis import Utterance
+from speech_adapter.synthesis import Utterance, in_processes
 from speech_adapter.texts import Spoken
 
 TABLE = "metadata.jsonl"
@@ -121,6 +120,8 @@ def synthesize(texts: Sequence[Spoken], out: Path, settings: Settings, workers: 
 
     if workers < 1:
         raise UserError("--workers must be at least 1")
+    if not texts:
+        raise UserError("there is no text to read aloud")
     planned = plan(texts, settings)
     _claim(out, planned, settings)
     if not (out / TABLE).exists():
@@ -147,15 +148,10 @@ Job = tuple[Sequence[Planned], Path, Path]
 
 def _spoken_by(jobs: Sequence[Job], workers: int, fresh: bool) -> Iterator[int]:
     """Speak chunks in any order; yields the size of each that is done."""
-    if not jobs:
-        return
     if workers == 1 and not fresh:  # a neural voice keeps the memory and the device that it has
         yield from map(_speak_chunk, jobs)
-        return
-    # spawn: a forked copy of a process that already uses torch's threads can hang.
-    pool_of = multiprocessing.get_context("spawn").Pool
-    with pool_of(min(workers, len(jobs)), maxtasksperchild=1 if fresh else None) as pool:
-        yield from pool.imap_unordered(_speak_chunk, jobs)
+    else:
+        yield from in_processes(_speak_chunk, jobs, workers, fresh)
 
 
 def _speak_chunk(job: Job) -> int:
@@ -211,6 +207,8 @@ def _claim(out: Path, planned: Sequence[Planned], settings: Settings) -> None:
             same = False
         if not same:
             raise UserError(f"{out}: holds recordings of other texts or settings; give another --out")
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a new folder as --out")
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: is not empty; give a new folder as --out")
     (out / AUDIO).mkdir(parents=True, exist_ok=True)
@@ -226,6 +224,8 @@ def _publish(out: Path, parts: Sequence[Path]) -> None:
     if silent:
         _replace(out / "silent.jsonl", _lines(silent))
     _replace(out / TABLE, _lines([row for row in rows if row["seconds"]]))
+    for unfinished in (out / AUDIO).glob(".*"):  # of a kill in the middle of a recording
+        unfinished.unlink()
     shutil.rmtree(out / PARTS)
 
 

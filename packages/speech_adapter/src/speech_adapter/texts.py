@@ -9,7 +9,7 @@ from pathlib import Path
 from core_llm.data import sources
 from core_llm.data.phrases import spoken_phrase
 from core_llm.data.tables import read_rows
-from core_llm.errors import DataError
+from core_llm.errors import DataError, UserError
 
 PHRASES, QUESTIONS = "phrases", "questions"
 _GENERATED = 1000  # of the project's own texts, unless told
@@ -52,6 +52,8 @@ def load_texts(
     scene, which becomes the prompt). column: which field is read aloud; without it the first of text, prompt,
     question, sentence, context that there is. Raises `DataError` that names the file and row.
     """
+    if limit < 0:
+        raise UserError("--limit must be 0 or more")
     if where in (PHRASES, QUESTIONS):
         return _generated(where, limit or _GENERATED, seed)
     if where.partition(":")[0] in sources.SOURCES:
@@ -103,7 +105,7 @@ def _spoken(identity: str, row: dict[str, object], column: str, place: str) -> S
     key = column or next((name for name in _COLUMNS if row.get(name)), "")
     if key not in row:
         what = f"no field '{column}'" if column else "no text"
-        raise DataError(f"{place}: {what} (it has {', '.join(row)}); choose one with --field")
+        raise DataError(f"{place}: {what} (it has {', '.join(map(str, row))}); choose one with --field")
     text = row[key]
     if text is not None and not isinstance(text, str):
         raise DataError(f"{place}: '{key}' is not text")
