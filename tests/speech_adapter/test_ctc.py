@@ -45,6 +45,15 @@ def test_a_doubtful_vector_becomes_the_posterior_mean() -> None:
     assert sorted(weights.topk(2).indices.tolist()) == [3, 9]
 
 
+def test_it_reads_in_bf16_too() -> None:
+    torch.manual_seed(0)
+    table = torch.randn(50, 16)
+    expected = EmbeddingCTC(table).denoise(table[[3, 9]])
+    read = EmbeddingCTC(table).to(torch.bfloat16).denoise(table[[3, 9]].bfloat16())
+    assert read.dtype == torch.bfloat16
+    torch.testing.assert_close(read.float(), expected, atol=0.1, rtol=0.02)
+
+
 def test_loss_is_small_for_the_right_text_and_large_for_another() -> None:
     torch.manual_seed(0)
     table = torch.randn(50, 16)

@@ -1,13 +1,14 @@
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import jiwer
 import numpy as np
 import pytest
 
 from core_llm.checkpoint import load_core
-from core_llm.errors import UserError
+from core_llm.errors import MediaError, UserError
 from speech_adapter import live
 from speech_adapter.adapter import load
 from speech_adapter.alignment import Word
@@ -87,4 +88,22 @@ def test_real_time_paces_the_stream(recogniser: Recogniser, monkeypatch: pytest.
 def test_no_microphone_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", None)
     with pytest.raises(UserError, match=r"speech-adapter\[mic\]"):
+        next(live.microphone())
+
+
+def test_a_microphone_that_cannot_start_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PortAudioError(Exception):
+        pass
+
+    class Stream:
+        def __init__(self, **settings: object) -> None: ...
+
+        def start(self) -> None:
+            raise PortAudioError("device\nbusy")
+
+    fake = ModuleType("sounddevice")
+    fake.PortAudioError, fake.InputStream = PortAudioError, Stream  # type: ignore[attr-defined]
+    fake.query_devices = lambda kind: {"default_samplerate": 44_100.0}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+    with pytest.raises(MediaError, match="device busy.*plug one in"):
         next(live.microphone())

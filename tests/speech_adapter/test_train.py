@@ -1,3 +1,5 @@
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ from core_llm.checkpoint import core_hash
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
 from core_llm.train.fit import FitConfig, fit
+from speech_adapter import train as training
 from speech_adapter.adapter import SpeechAdapter
 from speech_adapter.corpus import Corpus, Spoken, trim
 from speech_adapter.testing import chirp
@@ -92,3 +95,33 @@ def test_trim_cuts_silence_and_says_how_much() -> None:
     assert cut == 4_000 - 320 and 2_000 <= len(trimmed) <= 2_700
     silent, cut = trim(np.zeros(100, np.int16))
     assert len(silent) == 100 and cut == 0
+
+
+def test_of_several_processes_one_speaks_and_the_others_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    order: list[str] = []
+
+    @contextmanager
+    def writer_first() -> Iterator[None]:
+        order.append("enter")
+        yield
+        order.append("leave")
+
+    def spoken(name: str) -> Callable[..., list[Spoken]]:
+        def speak(*args: object) -> list[Spoken]:
+            order.append(name)
+            return []
+
+        return speak
+
+    def stop(*args: object) -> list[Spoken]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.processes, "writer_first", writer_first)
+    monkeypatch.setattr(training, "build_corpus", spoken("corpus"))
+    monkeypatch.setattr(training, "held_out_questions", spoken("questions"))
+    monkeypatch.setattr(training, "recorded_digits", stop)
+    with pytest.raises(KeyboardInterrupt):
+        training.train("nano", None, tmp_path, 10, 1e-3, 0)
+    assert order == ["enter", "corpus", "questions", "leave"]

@@ -245,12 +245,3 @@ class Resampler:
         """The samples that were still waiting for their successors [n']."""
         empty = np.zeros(0, dtype=np.float32)
         return empty if self._stream is None else self._stream.resample_chunk(empty, last=True)
-
-
-def resample(samples: np.ndarray, source: float, target: float) -> np.ndarray:
-    """Change the sample rate of float32 mono samples [N]; a copy is made only when the rates differ."""
-    if source == target:
-        return np.ascontiguousarray(samples, dtype=np.float32)
-    import soxr
-
-    return soxr.resample(samples.astype(np.float32, copy=False), source, target)

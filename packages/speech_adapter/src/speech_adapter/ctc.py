@@ -90,7 +90,7 @@ class EmbeddingCTC(nn.Module):
         between.
         """
         scores = self.sharpness * ((x @ self.table.to(x.dtype).T).float() - self.half_norms)
-        return (scores.softmax(dim=-1) @ self.table).to(x.dtype)
+        return (scores.softmax(dim=-1) @ self.table.float()).to(x.dtype)
 
 
 class PhonemeHead(nn.Module):

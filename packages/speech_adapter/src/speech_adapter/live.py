@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,7 +102,7 @@ class LiveTranscriber:
                     break
                 end = b
             if last or end + pause <= len(self.decisions):
-                yield self._ended(min(end + pause // 2, len(self.decisions)) if not last else None, end)
+                yield self._ended(None if last else min(end + pause // 2, len(self.decisions)))
                 if last and not len(self.samples):
                     return
                 continue
@@ -123,7 +124,7 @@ class LiveTranscriber:
         self._before = words
         return Update(tuple(new), tuple(words[len(self._final) :]), False, self.heard / SAMPLE_RATE)
 
-    def _ended(self, frames: int | None, speech_end: int) -> Update:
+    def _ended(self, frames: int | None) -> Update:
         """Everything of the utterance becomes final; what was final stays as it was."""
         n = len(self.samples) if frames is None else frames * SAMPLE_RATE // FRAMES_PER_SECOND
         samples = self.samples[:n]
@@ -239,11 +240,12 @@ def microphone() -> Iterator[np.ndarray]:
     try:
         rate = int(sounddevice.query_devices(kind="input")["default_samplerate"])
         stream = sounddevice.InputStream(samplerate=rate, channels=1, dtype="float32", callback=keep)
+        stream.start()
     except (sounddevice.PortAudioError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise MediaError(f"microphone: no input device can be opened ({reason}): plug one in") from None
     resampler = Resampler(rate)
-    with stream:
+    with closing(stream):
         try:
             while True:
                 yield resampler.feed(pieces.get())

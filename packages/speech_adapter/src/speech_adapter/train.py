@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core_llm import processes
 from core_llm.adapters import Assistant
 from core_llm.chat import Audio, Message, Text
 from core_llm.checkpoint import core_hash, load_core
@@ -279,11 +280,10 @@ def train(
     create(encoder, core)  # what is wrong with it is said before any work
     before = core_hash(core)
     cache_dir = out / "speech_cache"
-    corpus = build_corpus(data_root, cache_dir, recipe.n_synthetic, seed)
-    held_out = {
-        "digits": interleaved(recorded_digits(data_root, "dev"), 200),
-        "questions": held_out_questions(150, cache_dir),
-    }
+    with processes.writer_first():  # of several processes one speaks, and the others read what it left
+        corpus = build_corpus(data_root, cache_dir, recipe.n_synthetic, seed)
+        questions = held_out_questions(150, cache_dir)
+    held_out = {"digits": interleaved(recorded_digits(data_root, "dev"), 200), "questions": questions}
     listening_steps = round(steps * recipe.listening_fraction)
     torch.manual_seed(seed)
     codes = torch.randn(core.config.vocab_size, core.config.dim)
