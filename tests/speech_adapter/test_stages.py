@@ -14,18 +14,18 @@ import torch.nn.functional as F
 
 from core_llm.adapters import Assistant
 from core_llm.checkpoint import save_core
-from core_llm.errors import DataError, UserError
+from core_llm.errors import DataError, MediaError, UserError
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
 from speech_adapter import cli_stages
 from speech_adapter.adapter import SpeechAdapter, load
 from speech_adapter.augment import Perturbation, perturbation
-from speech_adapter.examples import Example, asked, language_name, load_examples
+from speech_adapter.examples import Example, asked, language_name, load_examples, train_and_held_out
 from speech_adapter.stages.best_rq import BestRQTask, RandomQuantizer, normalised, span_mask
 from speech_adapter.stages.clips import Clip, ClipTask
 from speech_adapter.stages.ctc import CTCTask
 from speech_adapter.stages.presets import PRESETS, STAGES, StageConfig, preset
-from speech_adapter.stages.run import bits, run_stage
+from speech_adapter.stages.run import bits, run_stage, starting_adapter
 from speech_adapter.stages.sft import SFTTask, distillation
 from speech_adapter.testing import chirp, small_config
 
@@ -314,6 +314,86 @@ def test_any_folder_with_a_table_is_read(tmp_path: Path) -> None:
         load_examples(str(tmp_path))
     with pytest.raises(DataError, match="known: fsdd, librispeech"):
         load_examples(str(tmp_path / "nothing"))
+
+
+def test_every_part_of_a_list_holds_out_its_own(tmp_path: Path) -> None:
+    for name, rows in (("a", ("train",)), ("b", ("train", "dev"))):
+        (tmp_path / name).mkdir()
+        table = "".join(f"{i}.wav,{name}{i},{split}\n" for i, split in enumerate(rows))
+        (tmp_path / name / "metadata.csv").write_text(f"file_name,text,split\n{table}")
+    (tmp_path / "fsdd").mkdir()
+    soundfile.write(tmp_path / "fsdd" / "0_jackson_0.wav", chirp(0.3), 8_000)  # a speaker of the train split
+    where = f"fsdd,{tmp_path / 'a'}, {tmp_path / 'b'}"
+    train, dev = train_and_held_out(where, tmp_path)
+    assert [e.text for e in train] == ["zero", "a0", "b0"] and [e.text for e in dev] == ["b1"]
+    with pytest.raises(DataError, match="easy_vqa: holds no recordings; known: fsdd"):
+        load_examples("easy_vqa", tmp_path)
+
+
+def test_the_test_split_of_a_dataset_is_never_trained_on(tmp_path: Path) -> None:
+    import datasets
+
+    soundfile.write(tmp_path / "a.wav", chirp(0.3), 16_000)
+
+    def part(name: str) -> datasets.Dataset:
+        rows = {"audio": [str(tmp_path / "a.wav")] * 40, "text": [f"{name} {i}" for i in range(40)]}
+        return datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio())
+
+    both = datasets.DatasetDict({"train": part("train"), "test": part("test")})
+    both.save_to_disk(str(tmp_path / "both"))
+    train, dev = train_and_held_out(str(tmp_path / "both"))
+    assert {e.text.split()[0] for e in train} == {"train"} and len(train) == 40
+    assert {e.text.split()[0] for e in dev} == {"test"} and len(dev) == 40
+    datasets.DatasetDict({"train": part("train")}).save_to_disk(str(tmp_path / "one"))
+    train, dev = train_and_held_out(str(tmp_path / "one"))  # one in twenty is held out
+    assert len(train) + len(dev) == 40 and len(train) > len(dev) > 0
+
+
+def test_clips_fit_the_adapter_at_any_speed_and_too_long_ones_are_named(core_and_tokenizer: Family) -> None:
+    slower = Perturbation(speeds=(0.5,))
+    rng = np.random.default_rng(0)
+    assert len(slower.waveform(chirp(1.0), rng, 3.0)) == 32_000
+    assert len(slower.waveform(chirp(1.0), rng, 1.5)) == 16_000
+    task = task_of("ctc", core_and_tokenizer, replace(TINY, perturbation=slower))
+    limit = small_config().max_seconds
+    edge = Clip(Example("edge", chirp(0.9 * limit), "one", rate=16_000), (0,), slower, task.max_seconds)
+    assert len(edge.samples) == len(chirp(0.9 * limit))
+    task.features([edge])
+    path = Path(__file__).parent / "no-such-recording.wav"
+    with pytest.raises(MediaError, match="no-such-recording"):
+        _ = Clip(Example("x", path), (0,), slower, limit).samples
+    with pytest.raises(MediaError, match="longer than the limit"):
+        _ = Clip(Example("x", chirp(limit + 1), rate=16_000), (0,), slower, task.max_seconds).samples
+    best_rq = task_of("best-rq", core_and_tokenizer, TINY)
+    long = Clip(Example("x", chirp(limit + 1), rate=16_000), (0,), slower, best_rq.max_seconds)
+    assert best_rq.max_seconds is None and len(long.samples) > 2 * limit * 16_000
+    assert isinstance(best_rq, BestRQTask) and len(best_rq._cropped(long)) <= limit * 16_000
+
+
+def test_recordings_without_text_weigh_the_same_in_any_micro_batch(core_and_tokenizer: Family) -> None:
+    core, tokenizer = core_and_tokenizer
+    data = [
+        replace(example, text="", answer="yes") if i % 3 else example for i, example in enumerate(examples(4))
+    ]
+    items = [item for example in data for item in asked(example)]
+    losses = []
+    for size in (0, 1):
+        config = replace(TINY, batch=len(items), micro_batch=size, ctc_weight=1.0)
+        task = SFTTask(core, tokenizer, adapter_of(core_and_tokenizer), items, [], config)
+        losses.append(task.loss(task.batch(0))[1]["ctc_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] > 0
+
+
+def test_a_stage_can_begin_with_whispers_encoder(core_and_tokenizer: Family, tmp_path: Path) -> None:
+    from whisper.model import ModelDimensions, Whisper
+
+    torch.manual_seed(1)
+    sizes = ModelDimensions(80, 1500, 32, 2, 2, 51_864, 64, 32, 2, 1)
+    weights = Whisper(sizes).state_dict()
+    torch.save({"dims": vars(sizes), "model_state_dict": weights}, tmp_path / "tiny.pt")
+    adapter = starting_adapter(f"whisper:{tmp_path / 'tiny.pt'}", core_and_tokenizer[0], "nano", 0)
+    tower = adapter.encoder.get_submodule("tower").state_dict()
+    assert all(torch.equal(tensor, weights[f"encoder.{name}"]) for name, tensor in tower.items())
 
 
 def test_the_command_trains_stage_after_stage(

@@ -168,16 +168,22 @@ class Perturbation:
     time_width: int = 100  # at most so many frames of 10 ms each
     time_share: float = 0.2  # at most this part of the clip each
 
-    def waveform(self, samples: Waveform, rng: np.random.Generator) -> Waveform:
-        """The clip at another speed and with coloured noise; the same array where neither is on."""
-        with torch.autocast("cpu", enabled=False):  # the stages run in one, and sound is not for bf16
-            return self._waveform(samples, rng)
+    def waveform(
+        self, samples: Waveform, rng: np.random.Generator, max_seconds: float | None = None
+    ) -> Waveform:
+        """The clip at another speed and with coloured noise; the same array where neither is on.
 
-    def _waveform(self, samples: Waveform, rng: np.random.Generator) -> Waveform:
+        A clip that would get longer than `max_seconds` keeps its speed.
+        """
+        with torch.autocast("cpu", enabled=False):  # the stages run in one, and sound is not for bf16
+            return self._waveform(samples, rng, max_seconds)
+
+    def _waveform(self, samples: Waveform, rng: np.random.Generator, max_seconds: float | None) -> Waveform:
         from torchaudio import functional
 
         factor = float(rng.choice(self.speeds))
-        if factor != 1.0:
+        fits = max_seconds is None or len(samples) / factor <= max_seconds * SAMPLE_RATE - 1
+        if factor != 1.0 and (factor > 1.0 or fits):
             samples = functional.speed(torch.from_numpy(samples), SAMPLE_RATE, factor)[0].numpy()
         if self.noise and rng.random() < self.noise:
             noise = torch.from_numpy(coloured_noise(len(samples), rng))

@@ -37,7 +37,8 @@ def stage(
             (such as `synthesize` writes), a hub id; several with commas.
         out: Folder for the adapter, metrics and the resumable state.
         core: nano, or a folder with a core's checkpoint.
-        adapter: What to start from: new, nano, or a folder of an earlier stage.
+        adapter: What to start from: new, whisper:NAME (openai-whisper's encoder, or a .pt file), nano, or a
+            folder of an earlier stage.
         preset: nano (a laptop's) or paper.
         data_root: Folder with local copies of the public datasets; the hub where absent.
         steps: Optimizer steps (0: the preset's).

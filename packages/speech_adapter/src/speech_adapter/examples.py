@@ -109,14 +109,17 @@ def load_examples(where: str, data_root: Path | None = None, split: str = "train
     "translation" with "target_language", "answer" with "prompt", and "split". Where rows name no split,
     one in twenty is held out, rows of one "source_id" together. Raises `DataError` that names the row.
     """
-    if "," in where and not Path(where).exists():
-        return [example for part in where.split(",") for example in load_examples(part, data_root, split)]
-    if where.partition(":")[0] in sources.SOURCES:
+    if parts := _parts(where):
+        return [example for part in parts for example in load_examples(part, data_root, split)]
+    known = ", ".join(source.name for source in sources.SPEECH)
+    name = where.partition(":")[0]
+    if name in sources.SOURCES:
+        if name not in {source.name for source in sources.SPEECH}:
+            raise DataError(f"{name}: holds no recordings; known: {known}, a folder, or a hub id")
         rows = sources.load(where, data_root, split)
         return [_example(row.id, row.fields, f"{where}: {row.id}") for row in rows]
     found = entries(where, "audio", TABLES)
     if found is None:
-        known = ", ".join(source.name for source in sources.SPEECH)
         raise DataError(f"unknown data '{where}'; known: {known}, a folder, or a hub id such as org/name")
     chosen = [
         _example(entry.id, entry.fields, entry.place)
@@ -130,11 +133,22 @@ def load_examples(where: str, data_root: Path | None = None, split: str = "train
 
 def train_and_held_out(where: str, data_root: Path | None = None) -> tuple[list[Example], list[Example]]:
     """Both splits of `load_examples`; nothing is held out of a dataset that has no such split."""
-    train = load_examples(where, data_root, "train")
-    try:
-        return train, load_examples(where, data_root, "dev")
-    except DataError:
-        return train, []
+    train: list[Example] = []
+    held_out: list[Example] = []
+    for part in _parts(where) or [where]:
+        train += load_examples(part, data_root, "train")
+        try:
+            held_out += load_examples(part, data_root, "dev")
+        except DataError:  # the train split could be read: there is no other
+            continue
+    return train, held_out
+
+
+def _parts(where: str) -> list[str]:
+    """The names between commas; [] where there are none, or a file is called so."""
+    if "," not in where or Path(where).exists():
+        return []
+    return [part.strip() for part in where.split(",") if part.strip()]
 
 
 def _split_of(identity: str, row: Mapping[str, Any]) -> str:

@@ -6,17 +6,21 @@ For data that no one registered; what has a name is in `core_llm.data.sources`. 
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core_llm.data.rows import declared_split
 from core_llm.errors import DataError
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of someone's table. `place` is what an error message calls it."""
+    """A row of someone's table. `place` is what an error message calls it.
+
+    Where a dataset says of which split a row is, the field "split" is "train" or "dev".
+    """
 
     id: str
     fields: Mapping[str, Any]
@@ -106,14 +110,17 @@ def _rows_of(loaded: Any, where: str, column: str) -> Iterator[Entry]:
     import datasets
 
     feature = datasets.Image if column == "image" else datasets.Audio
-    tables: Iterable[tuple[str, Any]] = [("all", loaded)]
+    tables: list[tuple[str, Any]] = [("all", loaded)]
     if isinstance(loaded, datasets.DatasetDict):
         tables = [(str(split), table) for split, table in loaded.items()]
     for split, table in tables:
         if column not in table.column_names:
             raise DataError(f"{where}: has no column '{column}' (only {', '.join(table.column_names)})")
+        # "train.clean", "validation" or "test"; a single part is split by whoever reads it.
+        declared = declared_split(split.replace("-", ".").partition(".")[0]) if len(tables) > 1 else None
         for i, row in enumerate(table.cast_column(column, feature(decode=False))):
             media = row[column] and (row[column]["bytes"] or row[column]["path"])
             if not media:
                 raise DataError(f"{where}: row {i} of {split} has nothing in '{column}'")
-            yield Entry(f"{split}-{i}", {**row, column: media}, f"{where}: row {i} of {split}")
+            own = {"split": declared} if declared and "split" not in row else {}
+            yield Entry(f"{split}-{i}", {**own, **row, column: media}, f"{where}: row {i} of {split}")

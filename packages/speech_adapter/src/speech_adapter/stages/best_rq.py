@@ -78,6 +78,7 @@ class BestRQTask(ClipTask[Example]):
     """Trains the encoder of an adapter; the rest of the adapter and the core take no part."""
 
     name = "best-rq"
+    whole = False
 
     def __init__(
         self,
@@ -138,6 +139,7 @@ class BestRQTask(ClipTask[Example]):
         """At most `crop` frames with the edges that the adapter adds, at a random place."""
         edges = 2 * self.adapter.config.edge_ms * SAMPLE_RATE // 1000
         limit = min(self.config.crop * HOP, int(self.adapter.config.max_seconds * SAMPLE_RATE)) - edges
+        limit = max(limit, HOP)
         surplus = len(clip.samples) - limit
         start = clip.number(2) % (surplus + 1) if surplus > 0 else 0
         return clip.samples[start : start + limit]

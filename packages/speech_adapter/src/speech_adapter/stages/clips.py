@@ -28,9 +28,16 @@ Item = TypeVar("Item", Example, Asked)
 class Clip(Generic[Item]):
     """One example of one step, decoded and disturbed when it is first looked at: a function of its seed."""
 
-    def __init__(self, item: Item, seed: Sequence[int], perturbation: Perturbation) -> None:
+    def __init__(
+        self,
+        item: Item,
+        seed: Sequence[int],
+        perturbation: Perturbation,
+        max_seconds: float | None = None,
+    ) -> None:
+        """`max_seconds`: what the adapter takes; None where a longer clip is cropped."""
         self.item: Item = item
-        self.seed, self.perturbation = tuple(seed), perturbation
+        self.seed, self.perturbation, self.max_seconds = tuple(seed), perturbation, max_seconds
 
     @property
     def example(self) -> Example:
@@ -39,9 +46,10 @@ class Clip(Generic[Item]):
 
     @cached_property
     def samples(self) -> np.ndarray:
-        """float32 mono at 16 kHz [N]; raises `MediaError` that names a bad file."""
+        """float32 mono at 16 kHz [N]; raises `MediaError` that names a bad or too long file."""
         rng = np.random.default_rng((*self.seed, 0))
-        return self.perturbation.waveform(decode(self.example.audio, self.example.rate), rng)
+        samples = decode(self.example.audio, self.example.rate, self.max_seconds)
+        return self.perturbation.waveform(samples, rng, self.max_seconds)
 
     @property
     def audio(self) -> Audio:
@@ -57,6 +65,7 @@ class ClipTask(Generic[Item]):
     """A stage, a `core_llm.train.fit.Task`; sub-classes say what is trained and what the loss is."""
 
     name: str
+    whole = True  # a clip longer than the adapter's limit is an error: its text says all of it
 
     def __init__(
         self,
@@ -68,8 +77,9 @@ class ClipTask(Generic[Item]):
     ) -> None:
         self.adapter, self.config, self.seed = adapter, config, seed
         self.items: Sequence[Item] = items
+        self.max_seconds = adapter.config.max_seconds if self.whole else None
         self.held_out: list[Clip[Item]] = [
-            Clip(item, (0, 0, i), Perturbation()) for i, item in enumerate(held_out[:256])
+            Clip(item, (0, 0, i), Perturbation(), self.max_seconds) for i, item in enumerate(held_out[:256])
         ]
 
     def modules(self) -> Mapping[str, nn.Module]:
@@ -88,7 +98,8 @@ class ClipTask(Generic[Item]):
     def batch(self, step: int) -> list[Clip[Item]]:
         """Clips of the step; every epoch has each example once."""
         items = picked(self.items, step, self.config.batch, f"{self.seed} {self.name}")
-        return [Clip(item, (self.seed, step, i), self.config.perturbation) for i, item in enumerate(items)]
+        kind = self.config.perturbation
+        return [Clip(item, (self.seed, step, i), kind, self.max_seconds) for i, item in enumerate(items)]
 
     def features(self, clips: Sequence[Clip[Item]]) -> SpeechInputs:
         """Features of clips under SpecAugment, where the stage has it."""

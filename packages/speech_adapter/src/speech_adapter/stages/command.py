@@ -38,8 +38,9 @@ def train_stage(
     model, tokenizer = load_core(core)
     trained = starting_adapter(adapter, model, config.size, seed)
     print(f"{name}: {len(examples)} recordings, {len(held_out)} held out", flush=True)
+    chosen = tuple(tasks) or TASKS
     figures = run_stage(
-        name, model, tokenizer, trained, (examples, held_out), out / "state", config, seed, tasks or TASKS
+        name, model, tokenizer, trained, (examples, held_out), out / "state", config, seed, chosen
     )
     trained.save(out, model)
     print(f"adapter saved in {out}")

@@ -11,13 +11,14 @@ import torch
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
 from core_llm.train.fit import fit
-from speech_adapter.adapter import SpeechAdapter, load
-from speech_adapter.config import PRESETS, SpeechConfig
+from speech_adapter.adapter import SpeechAdapter, create, load
+from speech_adapter.config import PRESETS
 from speech_adapter.examples import TASKS, Example, asked
 from speech_adapter.stages.best_rq import BestRQTask
 from speech_adapter.stages.ctc import CTCTask
 from speech_adapter.stages.presets import STAGES, StageConfig
 from speech_adapter.stages.sft import SFTTask
+from speech_adapter.whisper_weights import PREFIX
 
 
 def run_stage(
@@ -64,14 +65,11 @@ def bits(core: Llama) -> str:
 
 
 def starting_adapter(where: str, core: Llama, size: str, seed: int) -> SpeechAdapter:
-    """A fresh adapter of a size in `config.PRESETS` (where: "new"), or a saved one.
+    """A fresh adapter of a size in `config.PRESETS` (where: "new", or "whisper:NAME"), or a saved one.
 
     Raises `CheckpointError` where it does not fit the core.
     """
-    if where != "new":
+    if where != "new" and not where.startswith(PREFIX):
         return load(where, core)
     torch.manual_seed(seed)
-    embeddings = core.embed_tokens.weight
-    scale = float(embeddings.detach().float().std())
-    config = SpeechConfig(core_dim=core.config.dim, output_scale=scale, **PRESETS[size])
-    return SpeechAdapter(config, embeddings)
+    return create("conformer" if where == "new" else where, core, **PRESETS[size])

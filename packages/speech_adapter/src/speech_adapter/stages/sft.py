@@ -87,7 +87,8 @@ class SFTTask(ClipTask[Asked]):
             kl = distillation(logits, written, config.temperature) / total
             loss, figures["kl"] = loss + config.kl_weight * kl, kl.item()
         if config.ctc_weight and any(clip.example.text for clip in clips):
-            ctc = self._ctc(view, clips) * share
+            known = sum(bool(clip.example.text) for clip in clips) / len(clips)
+            ctc = self._ctc(view, clips) * known * share  # a clip without text counts as zero
             loss, figures["ctc_loss"] = loss + config.ctc_weight * ctc, ctc.item()
         return loss, figures
 
