@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from core_llm.testing import torchrun
+from core_llm.testing import tiny_core, torchrun
+from core_llm.train.shares import rows, share
+from vision_adapter.adapter import VisionAdapter
+from vision_adapter.config import VisionConfig
+from vision_adapter.train import EncoderTask, Recipe, VisionTask
 
 SCRIPT = """
     import sys
@@ -81,3 +85,18 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path, monkeypatch: pytest
                 assert (tensor - own[name]).abs().mean() < 1e-4, (stage, name)
         assert (tmp_path / "2" / stage / "adapter" / "model.safetensors").is_file()
         assert not list((tmp_path / "2" / stage).glob(".adapter*"))
+
+
+def test_batches_of_both_parts_of_the_training_are_shared() -> None:
+    core, tokenizer = tiny_core()
+    recipe = Recipe(warm_up_pictures=5, pictures=5)
+    adapter = VisionAdapter(VisionConfig(), core.config)
+    for task in (
+        EncoderTask(adapter.encoder, 64, 0, recipe),
+        VisionTask(core, tokenizer, adapter, {}, 0, recipe),
+    ):
+        batch = task.batch(0)
+        parts = [share(batch, rank, 2) for rank in range(2)]
+        assert [rows(part) for part in (batch, *parts)] == [5, 2, 3]
+        for part in parts:
+            assert task.loss(part)[0].isfinite()

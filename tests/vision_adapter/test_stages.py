@@ -472,8 +472,8 @@ def test_command_trains_stage_after_stage(
     start = "new"
     for name, size in (("contrastive", 32), ("anneal", 40), ("dpo", 40)):
         out = tmp_path / name
-        sizes = {"steps": 2, "batch": 2, "image_size": size}
-        cli.stage(name, str(folder), out, str(tmp_path / "core"), start, **sizes, device="cpu")
+        where = str(tmp_path / "core")
+        cli.stage(name, str(folder), out, where, start, steps=2, batch=2, image_size=size, device="cpu")
         start = str(out)
         said = capsys.readouterr().out
         assert f"{name}: 3" in said and "held_out_loss" in said
