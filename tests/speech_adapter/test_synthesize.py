@@ -103,6 +103,18 @@ def test_a_folder_of_recordings_is_what_the_stages_read(tmp_path: Path) -> None:
 
 
 @needs_espeak
+def test_ogg_sounds_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    settings = Settings(voice="en-us,en+klatt", format="ogg", seed=3)
+    for name in ("a", "b"):
+        assert synthesize.synthesize(texts(4), tmp_path / name, settings)["rows"] == 4
+    first, second = (sorted((tmp_path / name / "audio").iterdir()) for name in ("a", "b"))
+    for one, other in zip(first, second, strict=True):
+        assert np.array_equal(decode(one), decode(other))
+    tables = [(tmp_path / name / "metadata.jsonl").read_bytes() for name in ("a", "b")]
+    assert tables[0] == tables[1]
+
+
+@needs_espeak
 def test_a_line_without_sound_is_listed_and_not_trained_on(tmp_path: Path) -> None:
     spoken = [Spoken("a", "hello"), Spoken("b", "​")]
     counts = synthesize.synthesize(spoken, tmp_path / "out", Settings(voice="en-us"), workers=1)
