@@ -56,6 +56,14 @@ def test_bad_arguments_say_what_there_is(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "keep.txt").read_text() == "mine"
 
 
+def test_the_current_folder_may_be_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_scenes(Path("."), 2, 1)
+    assert len(load_examples(str(tmp_path / "here"), split="all")) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")

@@ -129,6 +129,23 @@ def test_one_door_loads_every_kind_and_it_answers_as_before(
     assert all(torch.equal(t, moved.state_dict()[name]) for name, t in adapter.state_dict().items())
 
 
+def test_a_config_without_the_adapters_shape_is_one_line(
+    family: tuple[Llama, Tokenizer], tmp_path: Path
+) -> None:
+    from core_llm.checkpoint import read_adapter_config
+
+    core, _ = family
+    (tmp_path / "config.json").write_text(json.dumps({"kind": "vision", "core_hash": core_hash(core)}))
+    for door in (
+        load,
+        load_on_other_core,
+        load_own,
+        lambda folder, core: read_adapter_config(folder, "vision", core),
+    ):
+        with pytest.raises(CheckpointError, match="says nothing of the"):
+            door(tmp_path, core)
+
+
 def test_unknown_kinds_list_the_known_ones(family: tuple[Llama, Tokenizer], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"kind": "nose"}')
     with pytest.raises(

@@ -172,6 +172,8 @@ def read_adapter_config(folder: str | Path, kind: str, core: Llama) -> dict[str,
             f"{path}: this {kind} was trained on another core (hash {str(config.get('core_hash'))[:12]}, "
             f"here {core_hash(core)[:12]}); train it again on this one"
         )
+    if not isinstance(config.get("adapter"), dict):
+        raise CheckpointError(f"{path / CONFIG}: says nothing of the {kind}'s shape ('adapter' is missing)")
     return dict(config["adapter"])
 
 

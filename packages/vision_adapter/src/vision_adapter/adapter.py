@@ -214,6 +214,8 @@ def kind_of(directory: Path) -> str:
     values = read_config(directory)
     kind = values.get("kind")
     if kind in KINDS:
+        if not isinstance(values.get("adapter"), dict):
+            raise CheckpointError(f"{directory}: its config.json says nothing of the adapter's shape")
         return str(kind)
     known = f"known kinds: {', '.join(KINDS)}"
     if kind is None and values.get("model_type") == "mllama":

@@ -27,7 +27,7 @@ def write_scenes(
     level). Nothing is left under `out` when it fails.
     Raises `UserError` for a level, skill, number or size that cannot be, and where `out` holds files already.
     """
-    chosen = _checked(n, level, skills, size)
+    chosen, out = _checked(n, level, skills, size), out.absolute()  # "." has no name to make another from
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already and not empty; give another --out, or remove it")
     from tqdm import tqdm
