@@ -29,6 +29,12 @@ def test_same_seed_same_clip_other_seed_another() -> None:
     assert one.dtype == np.float32 and np.isfinite(one).all()
 
 
+def test_the_shortest_clip_is_not_cut_to_nothing() -> None:
+    for seed in range(5):
+        samples, _ = augment(np.ones(20, np.float32), np.random.default_rng(seed), SETTINGS)
+        assert len(samples) >= 16 and samples.any()
+
+
 def test_silence_stays_finite() -> None:
     for seed in range(5):
         samples, _ = augment(np.zeros(1600, np.float32), np.random.default_rng(seed), SETTINGS)

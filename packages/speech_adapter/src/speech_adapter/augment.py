@@ -95,6 +95,8 @@ def augment(
     Also returns where a time of the original (seconds) lies in the new clip.
     """
     cut, cut_end = (rng.uniform(0.0, settings.cut_ms, size=2) * SAMPLE_RATE / 1000).astype(int)
+    if cut + cut_end >= len(samples):  # nothing would be left of it
+        cut, cut_end = 0, 0
     samples = samples[cut : len(samples) - cut_end]
     factor = float(np.exp(rng.uniform(*np.log(settings.speed))))
     samples = change_speed(samples, factor)

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FRAME_SECONDS = 0.04  # of an encoder frame
+from speech_adapter.chunks import FRAME_MS
+
+FRAME_SECONDS = FRAME_MS / 1000  # of an encoder frame
 _NO_LABEL = -100
 _MARGIN = 12.0  # nats between a frame's own token and a typical other one when it lies on its embedding
 

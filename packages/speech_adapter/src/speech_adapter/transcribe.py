@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -117,11 +116,3 @@ def _joined(left: Segment, right: Segment, start: float, end: float) -> tuple[Se
 
 def _text(words: list[Word]) -> str:
     return " ".join(word.text for word in words)
-
-
-def transcribe_file(
-    file: Path, core: Llama, tokenizer: Tokenizer, adapter: SpeechAdapter, max_new_tokens: int | None = None
-) -> str:
-    """What is said in one audio file of any length; "" where nobody speaks. MediaError names a bad one."""
-    recogniser = Recogniser(core, tokenizer, adapter, max_new_tokens)
-    return " ".join(segment.text for segment in recogniser.segments(file, times=False))
