@@ -15,17 +15,19 @@ from core_llm.chat import Image, Message, Text
 from core_llm.checkpoint import core_hash
 from core_llm.data.scenes import sample_scene
 from core_llm.errors import CheckpointError, MediaError, UserError
-from core_llm.lora import LoRAConfig
 from core_llm.model import Llama
 from core_llm.testing import tiny_core
 from core_llm.tokenizer import Tokenizer
 from vision_adapter.encoders import ImageEncoder
 from vision_adapter.explain import attention_weights, explain, view
-from vision_adapter.fusion import FusionAdapter, FusionConfig, Trainable, choose_trainable, load_fusion
+from vision_adapter.fusion import FusionAdapter, FusionConfig, load_fusion
 from vision_adapter.mllama_adapter import MllamaAdapter
 from vision_adapter.mllama_config import MllamaConfig
 from vision_adapter.open_clip_encoder import OpenClipEncoder
 from vision_adapter.scenes import draw
+from vision_adapter.stages.answers import adapter_groups
+from vision_adapter.stages.presets import StageConfig
+from vision_adapter.stages.trainable import chosen_parts, trained_updates
 
 NANO = {
     "image_size": 32, "stem_channels": [8, 8], "encoder_dim": 32, "encoder_layers": 1, "encoder_heads": 2,
@@ -251,12 +253,13 @@ def embedded(encoder: Any, image: Pillow.Image) -> torch.Tensor:
 def test_only_the_chosen_part_learns_and_the_core_never_changes(part: str) -> None:
     core, tokenizer = tiny_core()
     adapter = built("tiny-resnet", core)
-    lora_config = LoRAConfig(rank=2) if part == "core" else None
-    chosen = Trainable(part == "encoder", part == "projector", part == "cross_attention", lora_config)
+    chosen = chosen_parts("core-lora" if part == "core" else part, "sft")
+    config = StageConfig(1, 1, 0, lr=1.0, warmup=0, trained=chosen, lora_rank=2)
     before, parts = core_hash(core), {name: p.clone() for name, p in adapter.state_dict().items()}
-    lora = choose_trainable(adapter, core, chosen)
+    groups = adapter_groups(adapter.train(), config)
+    lora = trained_updates("sft", adapter, core, config, 0)
     assert (lora is not None) == (part == "core")
-    learning = [p for p in adapter.parameters() if p.requires_grad] + list(lora.parameters() if lora else [])
+    learning = [p for group in groups for p in group["params"]] + list(lora.parameters() if lora else [])
     optimizer = torch.optim.SGD(learning, lr=1.0)
     conversation = [*ask(picture(1), "what is it?"), Message("assistant", "a red circle")]
     for _ in range(2):  # the first step of LoRA moves B alone

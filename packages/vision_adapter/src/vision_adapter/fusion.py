@@ -16,7 +16,6 @@ from core_llm.chat import Image
 from core_llm.checkpoint import load_adapter, load_strict
 from core_llm.config import LlamaConfig
 from core_llm.errors import CheckpointError
-from core_llm.lora import LoRA, LoRAConfig
 from core_llm.model import Llama
 from vision_adapter.config import VisionConfig, cross_attention_schedule
 from vision_adapter.cross_attention import CrossAttentionBlock
@@ -150,39 +149,3 @@ def load_fusion(where: str | Path, core: Llama) -> FusionAdapter:
     adapter.hold(load_updates(Path(where), core))
     weight = core.embed_tokens.weight
     return adapter.to(weight.device, weight.dtype).eval().requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class Trainable:
-    """Which parts learn. The token rows count to the projector: both speak the core's width.
-
-    core: settings of low-rank updates beside the core's weights; None leaves the core out, and then text
-    without pictures is answered as by the bare core, bit for bit.
-    """
-
-    encoder: bool = True
-    projector: bool = True
-    cross_attention: bool = True
-    core: LoRAConfig | None = None
-
-
-def choose_trainable(
-    adapter: nn.Module, core: Llama, parts: Trainable | None = None, seed: int = 0
-) -> LoRA | None:
-    """Let the chosen parts of an image adapter learn and nothing else; the core's own weights never do.
-
-    Returns the low-rank updates, attached to the core, where they were asked for: they are a module of their
-    own, to be optimised and stored beside the adapter.
-    """
-    parts = parts or Trainable()
-    core.requires_grad_(False)
-    learning = {
-        "encoder": parts.encoder,
-        "projector": parts.projector,
-        "token_rows": parts.projector,
-        "cross_attention": parts.cross_attention,
-    }
-    for name, parameter in adapter.named_parameters():
-        parameter.requires_grad_(learning[name.split(".")[0]])
-    adapter.train()
-    return LoRA(core, parts.core, seed) if parts.core else None
