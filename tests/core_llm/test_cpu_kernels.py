@@ -41,6 +41,27 @@ def test_bf16_product_is_as_exact_as_fp32_sums(shape: tuple[int, ...], dtype: to
     assert within(ops.linear_bf16(x, weight), exact, bound, dtype)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp32_product_is_as_exact_as_fp32_sums(shape: tuple[int, ...]) -> None:
+    t, n, k = shape
+    x, weight = random(t, k), random(n, k)
+    bound = x.double().abs() @ weight.double().abs().T * 2.0**-20
+    assert within(ops.linear_f32(x, weight), x.double() @ weight.double().T, bound, torch.float32)
+
+
+def test_large_fp32_weights_meet_few_rows_in_the_kernel_and_all_else_in_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[tuple[int, ...]] = []
+    kernel = ops.linear_f32
+    monkeypatch.setattr(ops, "linear_f32", lambda x, w: called.append(tuple(x.shape)) or kernel(x, w))
+    large, small = random(512, 512), random(64, 64)
+    for x, weight in ((random(1, 4, 512), large), (random(5, 512), large), (random(1, 64), small)):
+        exact = x.double() @ weight.double().T
+        assert torch.allclose(steps.linear(x, weight).double(), exact, atol=1e-4)
+    assert called == [(1, 4, 512)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_product_rounds_activations_to_16_bits_only(shape: tuple[int, ...], dtype: torch.dtype) -> None:

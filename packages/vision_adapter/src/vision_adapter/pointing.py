@@ -42,8 +42,8 @@ def _mentions(question: str, plan: Layout) -> Iterator[tuple[int, list[Box]]]:
     for match in _NOUN.finditer(question):
         color, noun = match.groups()
         yield match.end(), _boxes(plan, lambda what, c=color, n=noun: _fits(what, c, n))  # type: ignore[misc]
-    if match := _PLACE.search(question):
-        yield match.end(1), _boxes(plan, lambda what: isinstance(what, Item) and what.place == match[1])
+    if place := _PLACE.search(question):
+        yield place.end(1), _boxes(plan, lambda what: isinstance(what, Item) and what.place == place[1])
 
 
 def _of_answer(question: str, answer: str, plan: Layout) -> list[Box]:

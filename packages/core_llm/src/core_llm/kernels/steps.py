@@ -1,7 +1,8 @@
 """The other steps of a block behind one function each: what computes them is decided here.
 
-On a CPU the own kernels serve bf16 weights without gradients and few rows, which is decoding. Everything
-else is torch's. Axes: B batch, T positions, C model width, H heads, D head dim, N outputs, K inputs.
+On a CPU the own kernels serve weights without gradients and few rows, which is decoding: bf16, and large ones
+of fp32. Everything else is torch's. Axes: B batch, T positions, C model width, H heads, D head dim, N outputs,
+K inputs.
 """
 
 import functools
@@ -13,6 +14,7 @@ from torch import Tensor
 from core_llm.kernels.cpu import ops
 
 KERNEL_ROWS = 4  # more rows than these are a matrix product, which torch's libraries do better
+FP32_ELEMENTS = 1 << 18  # of a weight: a smaller one stays in the cache, where torch's product is as fast
 UPCAST_ELEMENTS = 1 << 20  # weights widened to fp32 at a time: 4 MB, about a core's cache
 
 
@@ -26,10 +28,13 @@ def multiplies_bf16(device_type: str) -> bool:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K] times weight [N, K] transposed: [..., N]."""
-    if weight.dtype != torch.bfloat16 or not ops.usable(x, weight) or not weight.is_contiguous():
+    if not ops.usable(x, weight) or not weight.is_contiguous():
         return F.linear(x, weight)
-    rows = x.numel() // x.shape[-1]
-    if rows <= KERNEL_ROWS and x.shape[-1] % 32 == 0:
+    few = x.numel() <= KERNEL_ROWS * x.shape[-1] and x.shape[-1] % 32 == 0
+    if weight.dtype == torch.float32:
+        large = weight.numel() >= FP32_ELEMENTS
+        return ops.linear_f32(x, weight) if few and large else F.linear(x, weight)
+    if few:
         return ops.linear_bf16(x, weight)
     return F.linear(x, weight) if multiplies_bf16("cpu") else _linear_upcast(x, weight)
 

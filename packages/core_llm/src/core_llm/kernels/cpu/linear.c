@@ -93,6 +93,43 @@ int linear_bf16(const void *x, int x_bf16, const uint16_t *w, void *y, int64_t T
     return 0;
 }
 
+static inline __attribute__((always_inline)) void
+rows_f32(const float *const w[STREAMS], const float *x, int64_t K, const int t, float out[STREAMS][2]) {
+    vf acc[STREAMS][2] = {0}, more[STREAMS][2] = {0};
+    for (int64_t k = 0; k < K; k += 16)
+        for (int r = 0; r < STREAMS; r++) {
+            __builtin_prefetch(w[r] + k + AHEAD / 4);
+            vf low = *(const vf_unaligned *)(w[r] + k), high = *(const vf_unaligned *)(w[r] + k + 8);
+            for (int i = 0; i < t; i++) {
+                const vf_unaligned *v = (const vf_unaligned *)(x + i * K + k);
+                acc[r][i] += low * v[0];
+                more[r][i] += high * v[1];
+            }
+        }
+    for (int r = 0; r < STREAMS; r++)
+        for (int i = 0; i < t; i++) out[r][i] = sum8(acc[r][i] + more[r][i]);
+}
+
+/* y = x w^T, all fp32; K a multiple of 16. */
+void linear_f32(const float *x, const float *w, float *y, int64_t T, int64_t N, int64_t K) {
+#pragma omp parallel
+    {
+        part p = my_part(N);
+        for (int64_t i = 0; i < p.step; i++) {
+            const float *row[STREAMS];
+            for (int r = 0; r < STREAMS; r++) row[r] = w + row_of(p, i, r) * K;
+            for (int64_t t = 0; t < T; t += 2) {
+                float out[STREAMS][2];
+                int two = T - t > 1;
+                if (two) rows_f32(row, x + t * K, K, 2, out);
+                else rows_f32(row, x + t * K, K, 1, out);
+                for (int r = 0; r < STREAMS; r++)
+                    for (int j = 0; j <= two; j++) y[(t + j) * N + row_of(p, i, r)] = out[r][j];
+            }
+        }
+    }
+}
+
 /* Integer weights meet activations of 16 bits with one scale per GROUP: rounding 2^-16 of the group's largest
  * value, finer than the bf16 that they came from, and the products stay exact in 32-bit integers. */
 typedef struct {

@@ -19,6 +19,7 @@ _FLOATS = (torch.float32, torch.bfloat16)
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "linear_bf16": [_POINTER, _INT, _POINTER, _POINTER, *[_SIZE] * 3],
+    "linear_f32": [*[_POINTER] * 3, *[_SIZE] * 3],
     "linear_int8": [_POINTER, _INT, *[_POINTER] * 3, *[_SIZE] * 3],
     "linear_int4": [_POINTER, _INT, *[_POINTER] * 3, *[_SIZE] * 3],
     "attend_decode": [*[_POINTER] * 6, *[_SIZE] * 5, _INT],
@@ -62,6 +63,14 @@ def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
     n, k = weight.shape
     x, out, rows = _rows(x, n, k)
     _checked(_functions().linear_bf16(*_typed(x), weight.data_ptr(), out.data_ptr(), rows, n, k))
+    return out
+
+
+def linear_f32(x: Tensor, weight: Tensor) -> Tensor:
+    """fp32 x [..., K] times a contiguous fp32 weight [N, K] transposed: [..., N]; K a multiple of 16."""
+    n, k = weight.shape
+    x, out, rows = _rows(x, n, k)
+    _functions().linear_f32(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, n, k)
     return out
 
 
