@@ -1,8 +1,8 @@
 """The other steps of a block behind one function each: what computes them is decided here.
 
 On a CPU the own kernels serve weights without gradients and few rows, which is decoding: bf16, and large ones
-of fp32. Everything else is torch's. Axes: B batch, T positions, C model width, H heads, D head dim, N outputs,
-K inputs.
+of fp32. Everything else is torch's.
+Axes: B batch, T positions, C model width, H heads, D head dim, N outputs, K inputs.
 """
 
 import functools
