@@ -34,9 +34,9 @@ CARDS: dict[str, Card] = {
     "vision_adapter": Card(
         "nano vision adapter",
         "An image encoder and gated cross-attention layers on the frozen nano core.",
-        "It sees 64 × 64 pixels: plain shapes, their colours, counts, places and relations, bar charts, and single "
-        "words of a list of 40. Trained on up to five shapes or four bars: beyond (`scenes-crowded`) counts and "
-        "heights are often wrong, and two words at once are not read.",
+        "It sees 64 × 64 pixels: plain shapes, their colours, counts, places and relations, bar charts, and "
+        "single words of a list of 40. Trained on up to five shapes or four bars: beyond (`scenes-crowded`) "
+        "counts and heights are often wrong, and two words at once are not read.",
         ("easy_vqa",),
         "Rendered scenes of vision_adapter.scenes.",
         ("easy-vqa", *SCENE_TASKS),
