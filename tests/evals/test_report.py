@@ -21,7 +21,7 @@ from evals.tasks import Options, find
 def written(fake: Any, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with results.json and a report of three tasks, answered by the stand-in."""
     monkeypatch.setattr(
-        run, "Subject", lambda name, quantization: fake(lambda m: "yes", lambda m: len(m[-1].text) / 40)
+        run, "open_subject", lambda name, quantization: fake(lambda m: "yes", lambda m: len(m[-1].text) / 40)
     )
     tasks = find(["easy-vqa", "fsdd", "guard-diasafety"])
     run.run_tasks(
@@ -78,7 +78,7 @@ def test_unwritable_output_is_refused_before_any_work(
     fake: Any, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = fake()
-    monkeypatch.setattr(run, "Subject", lambda name, quantization: subject)
+    monkeypatch.setattr(run, "open_subject", lambda name, quantization: subject)
     (tmp_path / "file").write_text("")
     for bad in (tmp_path, tmp_path / "file" / "results.json"):
         with pytest.raises(UserError):
@@ -104,7 +104,7 @@ def test_provenance_keeps_paths_of_this_machine_out() -> None:
     ("args", "message"),
     [
         (["run", "nothing"], "known tasks: text-perplexity"),
-        (["run", "text-qa", "--model", "nothing"], "known models: nano"),
+        (["run", "text-qa", "--model", "nothing"], "known: nano, a model's folder"),
         (["run", "text-qa", "--limit", "0"], "--limit must be at least 1"),
         (["run", "fsdd", "--data-root", "/nowhere"], "no such folder"),
         (["run"], "no task given"),
