@@ -33,7 +33,8 @@ def written(fake: Any, data_root: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_results_hold_every_metric_with_its_interval(written: Path) -> None:
     entries = json.loads((written / "results.json").read_text())
     assert [entry["task"] for entry in entries] == ["easy-vqa", "fsdd", "guard-diasafety"]
-    assert set(entries[1]["metrics"]) == {"wer", "cer", "accuracy"}
+    rates = {f"{rate}{form}" for rate in ("wer", "cer") for form in ("", "_raw", "_english")}
+    assert set(entries[1]["metrics"]) == {*rates, "accuracy"}
     assert set(entries[2]["metrics"]) == {"auprc", "auroc", "f1", "fpr", "ece", "accuracy"}
     for entry in entries:
         assert entry["n"] > 0
