@@ -397,3 +397,17 @@ def test_command_curates_a_folder_and_prints_what_was_dropped(
     said = capsys.readouterr().out
     assert "kept 6 of 8" in said and "duplicate" in said
     assert json.loads((tmp_path / "out" / "report.json").read_text())["dropped"] == {"duplicate": 2}
+
+
+def test_a_split_that_rows_declare_is_kept_and_test_rows_are_not_trained_on(tmp_path: Path) -> None:
+    Pillow.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    splits = ["train", "train", "validation", "test"]
+    rows = [
+        {"file_name": "red.png", "text": name, "split": name, "id": str(i)} for i, name in enumerate(splits)
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    found = {
+        split: [e.caption for e in load_examples(str(tmp_path), split=split)]
+        for split in ("train", "dev", "all")
+    }
+    assert found == {"train": ["train", "train"], "dev": ["validation", "test"], "all": splits}

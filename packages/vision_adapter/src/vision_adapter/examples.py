@@ -83,7 +83,7 @@ def load_examples(where: str, data_root: Path | None = None, split: str = "train
     (or "file_name", relative to the table) and one of: "caption" or "text"; "question" and "answer"; "turns";
     LLaVA's "conversations"; and with a question "chosen" and "rejected". In a table a row may have "images"
     instead, a list: its questions then have as many marks "<image>", or none, and the pictures come first.
-    Rows about the same file are held out together.
+    A row may say its "split"; else one in twenty is held out, rows about the same file together.
     Raises `DataError` that names the file and row which cannot be read.
     """
     if where == SCENES:
@@ -91,19 +91,25 @@ def load_examples(where: str, data_root: Path | None = None, split: str = "train
         parts = sizes if split == "all" else [split]
         return [example for part in parts for example in scene_examples(sizes[part], f"{part} examples")]
     if where in sources.SOURCES:
-        rows = sources.load(where, data_root, split)
-        return [_example(row.id, row.fields, f"{where}: {row.id}") for row in rows]
+        listed = sources.load(where, data_root, split)
+        return [_example(row.id, row.fields, f"{where}: {row.id}") for row in listed]
     found = entries(where, "image", TABLES)
     if found is None:
         known = ", ".join((SCENES, *(n for n, s in sources.SOURCES.items() if n in _WITH_PICTURES)))
         raise DataError(f"unknown data '{where}'; known: {known}, a folder, or a hub id such as org/name")
-    everything = [_example(entry.id, entry.fields, entry.place) for entry in found]
+    rows = list(found)
+    everything = [_example(entry.id, entry.fields, entry.place) for entry in rows]
+    declared = [str(entry.fields.get("split") or "") for entry in rows]
     times = Counter(str(each.image) for each in everything if isinstance(each.image, Path))
 
     def group(each: Example) -> str:  # by its name: the same split wherever the folder lies
         return Path(str(each.image)).name if times[str(each.image)] > 1 else each.id
 
-    chosen = [each for each in everything if split == "all" or held_out(group(each)) == (split == "dev")]
+    def is_dev(each: Example, named: str) -> bool:  # test rows too: they are not trained on
+        return not named.startswith("train") if named else held_out(group(each))
+
+    pairs = zip(everything, declared, strict=True)
+    chosen = [each for each, named in pairs if split == "all" or is_dev(each, named) == (split == "dev")]
     if not everything or (split == "train" and not chosen):
         raise DataError(f"{where}: holds no pictures with text")
     return chosen
