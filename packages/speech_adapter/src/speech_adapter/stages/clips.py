@@ -5,6 +5,7 @@ Axes: P clips, F feature frames (10 ms), M bands.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -61,7 +62,7 @@ class Clip(Generic[Item]):
         return int(np.random.default_rng((*self.seed, purpose)).integers(2**63))
 
 
-class ClipTask(Generic[Item]):
+class ClipTask(ABC, Generic[Item]):
     """A stage, a `core_llm.train.fit.Task`; sub-classes say what is trained and what the loss is."""
 
     name: str
@@ -115,6 +116,7 @@ class ClipTask(Generic[Item]):
         """What the mean of the loss is over: clips, unless a stage says otherwise."""
         return float(len(batch))
 
+    @abstractmethod
     def part_loss(
         self, clips: Sequence[Clip[Item]], total: float, share: float
     ) -> tuple[Tensor, dict[str, float]]:
@@ -122,7 +124,6 @@ class ClipTask(Generic[Item]):
 
         share: its part of the clips of the batch.
         """
-        raise NotImplementedError
 
     def loss(self, batch: Sequence[Clip[Item]]) -> tuple[Tensor, dict[str, float]]:
         """The loss of the whole batch, whatever the micro-batches; the shortest clips come first."""
