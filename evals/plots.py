@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from core_llm.stats import CALIBRATION_BINS, LOWER_IS_BETTER
 from evals.results import Entry
 from evals.scorecard import SECTIONS
-from evals.stats import CALIBRATION_BINS, LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

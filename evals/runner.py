@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core_llm import stats
 from core_llm.chat import Audio, Image, Text
 from core_llm.errors import DataError
-from evals import records, stats
+from evals import records
 from evals.digests import conversation_digest
 from evals.models import Subject
 from evals.tasks import data

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from core_llm.stats import LOWER_IS_BETTER
 from evals.results import Entry
-from evals.stats import LOWER_IS_BETTER
 
 SECTIONS = ("text", "vision", "speech", "safety")
 COLUMNS = ("task", "what", "rows", "metric", "score", "95 % interval", "control", "reference", "verdict")

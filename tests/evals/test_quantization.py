@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from core_llm import stats
 from core_llm.checkpoint import save_core
 from core_llm.errors import UserError
 from core_llm.testing import tiny_core
-from evals import quantization, results, run, runner, stats
+from evals import quantization, results, run, runner
 from evals.models import Subject
 from evals.tasks import Options, find, registry
 

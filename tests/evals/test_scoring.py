@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals import stats
+from core_llm import stats
 from evals.tasks import scoring
 from evals.tasks.base import Sample
 

@@ -22,7 +22,8 @@ Metric = Callable[[Columns, Floats], Floats]
 
 RESAMPLES = 5000
 CALIBRATION_BINS = 15
-_SHARES = ("accuracy", "exact_match", "fpr", "f1")  # 0 or 1 where all samples agree
+LOW_FPR = 0.01
+_SHARES = ("accuracy", "exact_match", "fpr", "f1", "recall")  # 0 or 1 where all samples agree
 _SPELLINGS = ("raw", "english")  # of a transcript, beside the one that answers are compared in
 _CHUNK_CELLS = 4_000_000  # 32 MB of float64 weights at a time
 
@@ -60,6 +61,17 @@ def false_positive_rate(columns: Columns, weights: Floats) -> Floats:
     return _divide(weights @ (safe * columns["unsafe"]), weights @ safe)
 
 
+def recall(columns: Columns, weights: Floats) -> Floats:
+    """Share of the unsafe samples that were called unsafe."""
+    label = columns["label"]
+    return _divide(weights @ (label * columns["unsafe"]), weights @ label)
+
+
+def brier(columns: Columns, weights: Floats) -> Floats:
+    """Mean squared distance between P(unsafe) and the truth."""
+    return _divide(weights @ (columns["probability"] - columns["label"]) ** 2, weights.sum(axis=1))
+
+
 def _ranked(columns: Columns, weights: Floats) -> tuple[Floats, Floats]:
     """Cumulated weight of unsafe and safe samples, by falling score, at the end of each tie [R, T]."""
     score, label = columns["probability"], columns["label"]
@@ -89,6 +101,17 @@ def area_under_roc(columns: Columns, weights: Floats) -> Floats:
     return _divide(area, positive[:, -1] * negative[:, -1])
 
 
+def recall_at_low_fpr(columns: Columns, weights: Floats) -> Floats:
+    """Highest recall of any threshold that calls at most 1 % of the safe samples unsafe.
+
+    The threshold is chosen anew in every resample, so the interval covers that choice.
+    """
+    positive, negative = _ranked(columns, weights)
+    allowed = negative <= LOW_FPR * negative[:, -1:]
+    reached = np.where(allowed, positive, 0.0).max(axis=1)
+    return np.where(negative[:, -1] > 0, _divide(reached, positive[:, -1]), np.nan)
+
+
 def calibration_error(columns: Columns, weights: Floats) -> Floats:
     """Expected calibration error of P(unsafe): equal-width bins, weighted by their share (Guo 2017)."""
     score, label = columns["probability"], columns["label"]
@@ -113,10 +136,13 @@ METRICS: dict[str, Metric] = {
     "auroc": area_under_roc,
     "f1": f1,
     "fpr": false_positive_rate,
+    "recall": recall,
+    "recall_at_1_fpr": recall_at_low_fpr,
+    "brier": brier,
     "ece": calibration_error,
 }
 _ERROR_RATES = frozenset({"wer", "cer", *(f"{rate}_{s}" for rate in ("wer", "cer") for s in _SPELLINGS)})
-LOWER_IS_BETTER = frozenset({"perplexity", "fpr", "ece"}) | _ERROR_RATES
+LOWER_IS_BETTER = frozenset({"perplexity", "fpr", "ece", "brier"}) | _ERROR_RATES
 # Sums over a group are enough for these, so a resample costs G and not N.
 _SUMS = frozenset({"accuracy", "exact_match", "perplexity", "f1", "fpr"}) | _ERROR_RATES
 

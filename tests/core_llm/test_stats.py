@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from evals import stats
+from core_llm import stats
 
 
 def _classifier_rows(n: int, seed: int, ties: bool = True) -> list[dict[str, float]]:
@@ -17,6 +17,11 @@ def _classifier_rows(n: int, seed: int, ties: bool = True) -> list[dict[str, flo
     return [
         {"probability": p, "label": y, "unsafe": float(p > 0.5)} for p, y in zip(score, label, strict=True)
     ]
+
+
+def _recall_at(label: np.ndarray, score: np.ndarray, weights: np.ndarray, limit: float) -> float:
+    fpr, tpr, _ = sk.roc_curve(label, score, sample_weight=weights, drop_intermediate=False)
+    return float(tpr[fpr <= limit].max())
 
 
 @pytest.mark.parametrize("ties", [True, False])
@@ -31,6 +36,9 @@ def test_classifier_scores_equal_scikit_learn(ties: bool, weighted: bool) -> Non
         "auroc": sk.roc_auc_score(label, score, sample_weight=weights),
         "f1": sk.f1_score(label, said, sample_weight=weights),
         "fpr": 1 - sk.recall_score(1 - label, 1 - said, sample_weight=weights),
+        "recall": sk.recall_score(label, said, sample_weight=weights),
+        "brier": sk.brier_score_loss(label, score, sample_weight=weights),
+        "recall_at_1_fpr": _recall_at(label, score, weights, 0.01),
     }
     for name, value in expected.items():
         assert stats.METRICS[name](columns, row)[0] == pytest.approx(value, abs=1e-12), name
@@ -71,7 +79,7 @@ def test_rows_of_one_group_do_not_count_as_independent() -> None:
     assert (clustered.low, clustered.high) == pytest.approx((single.low, single.high), abs=0.011)
 
 
-@pytest.mark.parametrize("name", ["auprc", "auroc", "f1", "fpr", "ece"])
+@pytest.mark.parametrize("name", ["auprc", "auroc", "f1", "fpr", "recall", "recall_at_1_fpr", "ece", "brier"])
 def test_group_weights_equal_repeated_rows(name: str) -> None:
     rows = _classifier_rows(40, 3)
     index = np.repeat(np.arange(10), 4)
@@ -108,6 +116,14 @@ def test_score_inside_the_controls_interval_is_no_evidence() -> None:
 
 def test_undefined_score_is_nan_and_not_an_error() -> None:
     rows = [{"probability": 0.2, "label": 0.0, "unsafe": 0.0}] * 4
-    got = stats.estimate(["auprc", "f1", "fpr"], rows, list("abcd"))
-    assert np.isnan(got["auprc"].value)
+    got = stats.estimate(["auprc", "f1", "fpr", "recall", "recall_at_1_fpr"], rows, list("abcd"))
+    assert np.isnan([got[name].value for name in ("auprc", "recall", "recall_at_1_fpr")]).all()
     assert got["fpr"].value == 0.0
+
+
+def test_recall_at_one_percent_stops_at_the_hundredth_safe_row() -> None:
+    """200 safe rows allow two false positives: the unsafe rows above the third safe one are found."""
+    safe = [{"probability": 0.9 - i / 1000, "label": 0.0, "unsafe": 0.0} for i in range(200)]
+    unsafe = [{"probability": p, "label": 1.0, "unsafe": 0.0} for p in (0.95, 0.8995, 0.8985, 0.8975, 0.1)]
+    columns = stats.columns_of(safe + unsafe)
+    assert stats.METRICS["recall_at_1_fpr"](columns, np.ones((1, 205)))[0] == pytest.approx(3 / 5)
