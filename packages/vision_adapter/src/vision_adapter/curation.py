@@ -6,12 +6,12 @@ Axes: N pairs, D width of a vector.
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from core_llm.data.near_duplicates import join, root, words
 from core_llm.errors import UserError
 
 _EXACT_UP_TO = 20_000  # pictures; more are searched in the cells of a k-means first
@@ -33,9 +33,9 @@ def near_duplicates(vectors: np.ndarray, threshold: float) -> np.ndarray:
     except ImportError as error:
         raise UserError("finding duplicates needs faiss: install it (`uv pip install faiss-cpu`)") from error
     n, width = vectors.shape
-    group = np.arange(n)
+    group = list(range(n))
     if n == 0:
-        return group
+        return np.array(group, dtype=int)
     index: faiss.Index = faiss.IndexFlatIP(width)
     if n > _EXACT_UP_TO:
         cells = faiss.IndexIVFFlat(index, width, int(4 * n**0.5), faiss.METRIC_INNER_PRODUCT)
@@ -47,25 +47,8 @@ def near_duplicates(vectors: np.ndarray, threshold: float) -> np.ndarray:
         limits, _, found = index.range_search(vectors[start : start + 4096], threshold - 1e-5)
         for row in range(len(limits) - 1):
             for other in found[limits[row] : limits[row + 1]]:
-                _join(group, start + row, int(other))
-    return np.array([_first(group, i) for i in range(n)])
-
-
-def _first(group: np.ndarray, i: int) -> int:
-    while group[i] != i:
-        group[i] = group[group[i]]  # halve the path
-        i = int(group[i])
-    return i
-
-
-def _join(group: np.ndarray, a: int, b: int) -> None:
-    a, b = _first(group, a), _first(group, b)
-    group[max(a, b)] = min(a, b)
-
-
-def words(caption: str) -> list[str]:
-    """Lower-case words, punctuation left out."""
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", caption.lower())
+                join(group, start + row, int(other))
+    return np.array([root(group, i) for i in range(n)])
 
 
 def ngrams(caption: str, longest: int = 2) -> set[str]:
