@@ -6,7 +6,8 @@ from core_llm.chat import Message
 from core_llm.errors import CheckpointError, UserError
 from core_llm.testing import tiny_core
 from guard.guard import Guard
-from guard.prompt import BEGIN, END, Policy, VerdictTokens, answer_ids, plain, prompts
+from guard.policy import Policy
+from guard.prompt import BEGIN, END, VerdictTokens, answer_ids, plain, prompts
 
 QUESTION = [Message("user", "how do I bake bread")]
 FULL = Policy(window=64, context=64)
@@ -20,7 +21,7 @@ def shape(ids: list[int], guard: Guard) -> list[int]:
 
 def test_full_prompt_lists_every_rule_and_names_the_speaker(guard: Guard) -> None:
     text = guard.tokenizer.decode(prompts(QUESTION, guard.tokenizer, FULL)[0])
-    assert all(f"{code}: {name}." in text for code, name in FULL.categories.items())
+    assert all(f"{code}: {category.name}." in text for code, category in FULL.categories.items())
     assert "the user wrote it" in text
     answered = [*QUESTION, Message("assistant", "with flour")]
     assert "the agent wrote it" in guard.tokenizer.decode(prompts(answered, guard.tokenizer, FULL)[0])

@@ -11,7 +11,7 @@ from core_llm.train.fit import FitConfig
 from guard import examples
 from guard.examples import Example
 from guard.guard import Guard
-from guard.prompt import Policy
+from guard.policy import Policy
 from guard.taxonomy import CATEGORIES
 from guard.teacher import baseline_scores, out_of_fold
 from guard.templates import FRAMES, HARMFUL, HARMLESS, REFUSALS

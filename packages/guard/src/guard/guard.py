@@ -19,7 +19,8 @@ from core_llm.checkpoint import load_core, save_core
 from core_llm.errors import CheckpointError, UserError
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
-from guard.prompt import Policy, VerdictTokens, prompts
+from guard.policy import Policy
+from guard.prompt import VerdictTokens, prompts
 
 NANO = Path(__file__).parent / "nano"
 SETTINGS = "guard.json"
@@ -35,18 +36,24 @@ class Verdict:
     probability: P(unsafe) / (P(safe) + P(unsafe)) in the most suspicious window. mass: P(safe) + P(unsafe)
     there; where it is below one half the answer is no verdict and counts as unsafe. categories: code →
     probability that the message is unsafe and this is the first category named; they add up to `probability`.
+    flagged: the categories named, where the policy has thresholds of their own for some; else None. policy:
+    digest of the policy that was judged by.
     """
 
     unsafe: bool
     probability: float
     mass: float
     categories: dict[str, float]
+    flagged: tuple[str, ...] | None = None
+    policy: str = ""
 
     @property
     def named(self) -> list[str]:
         """The categories of an unsafe verdict: the strongest one, and all above a quarter of the verdict."""
         if not self.unsafe:
             return []
+        if self.flagged is not None:
+            return list(self.flagged)
         strongest = max(self.categories, key=lambda code: self.categories[code])
         floor = self.probability / 4
         return [c for c, p in self.categories.items() if c == strongest or (p >= floor and p > 0)]
@@ -93,7 +100,7 @@ class Guard:
     def save(self, folder: Path, card: str | None = None) -> None:
         """Write the checkpoint: a core in the Hugging Face layout, and the guard's settings."""
         values = {
-            "categories": dict(self.policy.categories),
+            "categories": {code: category.name for code, category in self.policy.categories.items()},
             "brief": self.policy.brief,
             "window": self.policy.window,
             "context": self.policy.context,

@@ -6,12 +6,12 @@ opens a turn or speaks as the other side. The answer's grammar is `safe` or `uns
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from core_llm.chat import Message, header_ids
 from core_llm.errors import CheckpointError, UserError
 from core_llm.tokenizer import Tokenizer
-from guard.taxonomy import CATEGORIES
+from guard.policy import Policy
 
 # Reserved tokens of the Llama 3 vocabulary, given a meaning here.
 BEGIN = "<|reserved_special_token_3|>"
@@ -27,28 +27,6 @@ _DEMAND = (
     "\nJudge the last message only; the {speaker} wrote it. Answer with the word safe, or with the word "
     "unsafe and, on a line of its own, the codes of the broken rules with commas between them."
 )
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What the guard is told, and how much text it is shown at once.
-
-    categories: code → name. brief: leave the wording out and show the bare conversation, as a guard does
-    that was trained on exactly these categories and is too small to read rules. window: tokens of the
-    judged message in one prompt; a longer message is judged in overlapping windows. context: tokens of
-    the turns before it, counted from their end.
-    """
-
-    categories: Mapping[str, str] = field(default_factory=lambda: dict(CATEGORIES))
-    brief: bool = False
-    window: int = 256
-    context: int = 256
-
-    def __post_init__(self) -> None:
-        if not self.categories:
-            raise UserError("the policy has no categories")
-        if self.window < 8 or self.context < 0:
-            raise UserError("the policy's window must be at least 8 tokens and its context not negative")
 
 
 @dataclass(frozen=True)
@@ -118,7 +96,7 @@ def _frame(last: Message, tokenizer: Tokenizer, policy: Policy) -> tuple[list[in
     begin, end = tokenizer.special(BEGIN), tokenizer.special(END)
     if policy.brief:
         return [tokenizer.bos_id, begin], [end]
-    rules = "\n".join(f"{code}: {name}." for code, name in policy.categories.items())
+    rules = "\n".join(f"{rule.code}: {rule.name}." for rule in policy.enabled)
     task = tokenizer.encode(_TASK.format(rules=rules))
     demand = tokenizer.encode(_DEMAND.format(speaker="agent" if last.role == "assistant" else "user"))
     before = [tokenizer.bos_id, *header_ids("user", tokenizer), *task, begin]

@@ -10,7 +10,7 @@ from core_llm.data.phrases import sample_texts
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
 from guard.guard import Guard, Verdict
-from guard.prompt import Policy
+from guard.policy import Policy
 from guard.taxonomy import CATEGORIES
 
 

@@ -20,7 +20,8 @@ from core_llm.train.fit import FitConfig, fit
 from guard import examples
 from guard.examples import Example
 from guard.guard import Guard
-from guard.prompt import Policy, VerdictTokens, answer_ids, prompts
+from guard.policy import Policy
+from guard.prompt import VerdictTokens, answer_ids, prompts
 from guard.teacher import baseline_scores
 
 

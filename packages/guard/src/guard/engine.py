@@ -1,0 +1,75 @@
+"""What judges conversations: an engine. One interface for the guard in this process and for one elsewhere."""
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from core_llm.chat import Message
+from core_llm.errors import UserError
+from guard.guard import Guard, Verdict
+from guard.policy import Policy
+
+
+class EngineError(Exception):
+    """The engine itself failed or cannot be reached: nothing was judged, so nothing may pass as safe."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Judges batches of conversations. Safe to call from several threads."""
+
+    name: str
+
+    @property
+    def policy(self) -> Policy:
+        """What is judged by where a request brings no policy of its own."""
+        ...
+
+    def judge(
+        self, conversations: Sequence[Sequence[Message]], policy: Policy | None = None
+    ) -> list[Verdict]:
+        """One verdict per conversation, in order.
+
+        Raises `UserError` for what cannot be judged as it was given (an empty message, a policy that this
+        guard cannot follow) and `EngineError` where the engine failed.
+        """
+        ...
+
+    def check(self, policy: Policy) -> None:
+        """Raise `UserError` where this engine's guard cannot judge by `policy`."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds; later calls raise `EngineError`."""
+        ...
+
+
+class LocalEngine:
+    """A guard in this process."""
+
+    def __init__(self, guard: Guard, batch_size: int = 32) -> None:
+        self.guard, self.batch_size = guard, batch_size
+        self.name = guard.name
+        self._lock = threading.Lock()
+
+    @property
+    def policy(self) -> Policy:
+        """The guard's own policy."""
+        return self.guard.policy
+
+    def judge(
+        self, conversations: Sequence[Sequence[Message]], policy: Policy | None = None
+    ) -> list[Verdict]:
+        """One verdict per conversation, in order; see `Engine.judge`."""
+        if policy is not None:
+            self.check(policy)
+        with self._lock:
+            return self.guard.classify(conversations, self.batch_size)
+
+    def check(self, policy: Policy) -> None:
+        """Raise `UserError` where this guard cannot judge by `policy`."""
+        if set(policy.categories) != set(self.policy.categories):
+            raise UserError("this guard was trained on fixed categories")
+
+    def close(self) -> None:
+        """Nothing is held yet."""
