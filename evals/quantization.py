@@ -7,6 +7,7 @@ from typing import Any
 
 from core_llm import stats
 from core_llm.errors import UserError
+from core_llm.files import check_writable
 from evals import provenance, results, scorecard
 from evals.models import Subject
 from evals.runner import Evaluation, evaluate, metrics_json
@@ -29,7 +30,7 @@ def compare(
 
     if not tasks:
         raise UserError("no task given; `evals list` shows the tasks")
-    results.check_writable(output)
+    check_writable(output)
     subjects = {name: Subject(model, None if name == PLAIN else name) for name in (PLAIN, *SCHEMES)}
     for task in tasks:
         for subject in subjects.values():

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core_llm.errors import UserError
+from core_llm.files import write_text
 from evals import scorecard
-from evals.results import Entry, read, write_text
+from evals.results import Entry, read
 
 BEGIN = "<!-- results: written by `evals reproduce-nano`, checked by the tests -->"
 END = "<!-- /results -->"

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from core_llm.chat import Audio, Image, Text
+from core_llm.files import write_text
 from evals import plots, scorecard
-from evals.results import Entry, write_text
+from evals.results import Entry
 from evals.runner import Evaluation
 from evals.tasks.base import Output, Sample
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core_llm.errors import CheckpointError, UserError
+from core_llm.files import write_text
 from evals import cards, readme
-from evals.results import write_text
 from evals.tasks import QUICKSTART
 
 # All bundled weights together must stay below this in git.

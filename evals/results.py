@@ -1,13 +1,12 @@
 """results.json: one object per task, written atomically, read strictly."""
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core_llm.errors import UserError
+from core_llm.files import write_text
 
 if TYPE_CHECKING:
     from evals.runner import Evaluation
@@ -41,36 +40,6 @@ def entry(evaluation: "Evaluation", provenance: dict[str, Any]) -> Entry:
             "rows_answered_before": evaluation.reused,
         },
     }
-
-
-def check_writable(path: Path) -> None:
-    """Raise `UserError` before any work when a file could not be written at `path`."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the name of a file")
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"{path}: {folder} is not a folder")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{path}: cannot write there ({error.strerror})") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: a neighbour first, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def write(path: Path, entries: Sequence[Entry]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core_llm.errors import UserError
+from core_llm.files import check_writable
 from evals import provenance, results, scorecard
 from evals.models import open_subject
 from evals.runner import Evaluation, evaluate
@@ -34,7 +35,7 @@ def run_tasks(
         raise UserError(f"--data-root {options.data_root}: no such folder")
     for path in (output, report / "index.html" if report else None):
         if path is not None:
-            results.check_writable(path)
+            check_writable(path)
     subject = open_subject(model, quantization)
     for task in tasks:
         subject.require(task.needs, task.name)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,41 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, values: Any) -> None:
     """Indented, with a line feed at the end."""
     path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def check_writable(path: Path) -> None:
+    """Raise `UserError` before any work when a file could not be written at `path`."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{path}: {folder} is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror})") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing: a neighbour first, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def parse_size(text: str) -> int:
