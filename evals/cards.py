@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from core_llm import provenance
 from core_llm.files import write_text
-from evals import provenance, scorecard
+from evals import scorecard
 from evals.results import Entry, read
 from evals.tasks import SCENE_TASKS
 

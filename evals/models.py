@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from core_llm.chat import Message
+from core_llm.digests import code_digest, folder_digest
 from core_llm.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Subject:
     @cached_property
     def part_hashes(self) -> dict[str, str]:
         """SHA-256 of each part's files (weights, configuration, tokenizer)."""
-        return {kind: _folder_digest(path) for kind, path in self._folders.items()}
+        return {kind: folder_digest(path) for kind, path in self._folders.items()}
 
 
 def _updates(adapters: Sequence[Any]) -> list[Any]:
@@ -185,25 +186,9 @@ def _updates(adapters: Sequence[Any]) -> list[Any]:
     return [a.lora for a in adapters if getattr(a, "lora", None) is not None]
 
 
-def _folder_digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".model"):
-            digest.update(path.relative_to(folder).as_posix().encode())
-            with path.open("rb") as stream:
-                for block in iter(lambda: stream.read(1 << 20), b""):
-                    digest.update(block)
-    return digest.hexdigest()
-
-
 def _code_digest() -> str:
-    """Source of the packages that turn weights into answers: a record made by other code is not reused."""
+    """Of the packages that turn weights into answers: a record made by other code is not reused."""
     import core_llm
 
-    digest = hashlib.sha256()
-    roots = [Path(core_llm.__file__).parent, *(_package_folder(name).parent for name in PARTS.values())]
-    for root in roots:
-        for path in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".c", ".h")):
-            digest.update(path.relative_to(root).as_posix().encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+    packages = (_package_folder(name).parent for name in PARTS.values())
+    return code_digest(Path(core_llm.__file__).parent, *packages)

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core_llm import stats
+from core_llm import provenance, stats
 from core_llm.errors import UserError
 from core_llm.files import check_writable
-from evals import provenance, results, scorecard
+from evals import results, scorecard
 from evals.models import Subject
 from evals.runner import Evaluation, evaluate, metrics_json
 from evals.tasks.base import Options, Task

@@ -10,8 +10,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from core_llm.digests import conversation_digest
 from core_llm.journal import Journal
-from evals.digests import conversation_digest
 from evals.tasks.base import Output, Sample, Task
 
 

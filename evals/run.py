@@ -4,9 +4,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from core_llm import provenance
 from core_llm.errors import UserError
 from core_llm.files import check_writable
-from evals import provenance, results, scorecard
+from evals import results, scorecard
 from evals.models import open_subject
 from evals.runner import Evaluation, evaluate
 from evals.tasks.base import Options, Task, Unavailable

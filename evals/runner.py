@@ -10,9 +10,9 @@ from typing import Any
 
 from core_llm import stats
 from core_llm.chat import Audio, Image, Text
+from core_llm.digests import conversation_digest
 from core_llm.errors import DataError
 from evals import records
-from evals.digests import conversation_digest
 from evals.models import Subject
 from evals.tasks import data
 from evals.tasks.base import Control, Options, Output, Sample, Task

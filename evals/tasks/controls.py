@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from core_llm.chat import Message, Part
-from evals.digests import part_digest
+from core_llm.digests import part_digest
 from evals.tasks.base import Control, Options, Output, Sample
 
 # A control need not be as precise as the score: this many rows give an interval of about +-2.5 points.

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from core_llm import provenance
 from core_llm.chat import Audio, Image
 from core_llm.errors import UserError
-from evals import provenance, report, results, run, scorecard
+from evals import report, results, run, scorecard
 from evals.tasks import Options, find
 
 

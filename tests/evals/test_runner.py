@@ -8,9 +8,10 @@ from typing import Any
 import PIL.Image
 import pytest
 
+from core_llm import digests
 from core_llm.chat import Audio, Image, Message, Text
 from core_llm.errors import DataError, MediaError, UserError
-from evals import digests, records, runner
+from evals import records, runner
 from evals.tasks import Options, find, registry
 from evals.tasks.base import Sample
 from evals.tasks.controls import swap_parts

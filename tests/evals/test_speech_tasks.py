@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from core_llm.chat import Audio
+from core_llm.digests import conversation_digest
 from core_llm.errors import UserError
 from evals import run, runner
-from evals.digests import conversation_digest
 from evals.tasks import Options, find, registry, speech
 from evals.tasks.base import Sample, Unavailable
 from speech_adapter import synthesis

@@ -1,4 +1,4 @@
-"""SHA-256 of what a model is shown: the same content has the same digest, wherever it lies."""
+"""SHA-256 of what a model is shown and what it is: the same content has the same digest, wherever it lies."""
 
 import hashlib
 from collections.abc import Sequence
@@ -49,4 +49,26 @@ def conversation_digest(messages: Sequence[Message]) -> str:
         digest.update(f"\0{message.role}".encode())
         for part in message.parts:
             digest.update(f"{type(part).__name__}:{part_digest(part)}".encode())
+    return digest.hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over a checkpoint's files: weights, configuration, tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".model"):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            with path.open("rb") as stream:
+                for block in iter(lambda: stream.read(1 << 20), b""):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def code_digest(*packages: Path) -> str:
+    """SHA-256 over the sources in these folders."""
+    digest = hashlib.sha256()
+    for root in packages:
+        for path in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".c", ".h")):
+            digest.update(path.relative_to(root).as_posix().encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()

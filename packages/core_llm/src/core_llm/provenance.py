@@ -49,7 +49,7 @@ def _version(name: str) -> str | None:
 
 def commit() -> str | None:
     """The commit of the source tree, "+changes" when it differs; None outside a git checkout."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parent
     try:
         head = _git(root, "rev-parse", "HEAD")
         return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
