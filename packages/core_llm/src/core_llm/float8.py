@@ -46,7 +46,7 @@ class Float8Linear(QuantizedLinear):
     def _quantize_rows(block: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_rows(block)
 
-    def dequantized(self, rows: slice = slice(None)) -> Tensor:
+    def dequantized(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """fp32 weights [n, K] of some output rows."""
         return self.weight[rows].float() * self.scale[rows, None]
 

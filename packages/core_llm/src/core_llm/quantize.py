@@ -5,9 +5,10 @@
     fp8   e4m3 weights and activations, one dynamic scale per row; feed-forward layers only, without those
           of the first and last block (the recipe of arXiv 2407.21783, section 6.2)
 
-Embeddings and norms stay as they are. Where head and embedding share one weight, int8 and int4 quantise
-the head by itself: the embedding's rows are still looked up, and adapters read them. The head's int8 copy
-then comes on top of the embedding: one byte for each of its weights.
+Embeddings and norms stay as they are, unless `embedding` asks for the table too. Where head and embedding
+share one weight, int8 and int4 quantise the head by itself: the embedding's rows are still looked up, and
+adapters read them. The head's int8 copy then comes on top of the embedding: one byte for each of its weights.
+A core whose head is no linear layer, such as a guard's that scores a few tokens, is saved without a head.
 """
 
 import re
@@ -26,6 +27,7 @@ from core_llm.files import CONFIG, replacing, write_json
 from core_llm.float8 import Float8Linear
 from core_llm.kernels.cpu import ops
 from core_llm.model import Llama
+from core_llm.quantized_embedding import TABLE, NoHead, QuantizedEmbedding
 from core_llm.quantized_linear import INT4_GROUP, Int4Linear, Int8Linear, QuantizedLinear
 from core_llm.rope import rope_frequencies
 from core_llm.stored import DType
@@ -55,6 +57,9 @@ SCHEMES: Mapping[str, Choice] = {
     "int4": lambda name, n_layers: Int8Linear if name == "lm_head" else Int4Linear,
     "fp8": _float8,
 }
+# What the embedding's table becomes where it is asked for.
+EMBEDDINGS: Mapping[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
+_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -78,32 +83,39 @@ class Report:
         return text
 
 
-def quantize(core: Llama, scheme: str, *, progress: bool = False) -> Report:
+def quantize(core: Llama, scheme: str, *, progress: bool = False, embedding: bool = False) -> Report:
     """Replace the core's linear layers in place, one by one; each weight is freed before the next.
 
+    embedding: quantise its table too (int8 and int4): for models that nothing but tokens is shown to.
     Beside the core the memory needed is one quantised layer and a few blocks of 1 MiB.
     Raises `UserError` for an unknown scheme, a core that is quantised already or has LoRA layers, a layer
     whose shape or weights cannot be quantised; the core is then as it was, except for the last of these.
     """
     from tqdm import tqdm
 
-    chosen = _plan(core, scheme)
+    chosen = _plan(core, scheme, embedding)
     before = model_bytes(core)
-    tied = core.lm_head.weight is core.embed_tokens.weight and "lm_head" in chosen
+    tied = _HEAD in chosen and core.lm_head.weight is core.embed_tokens.weight
     for name in tqdm(chosen, desc=f"quantise {scheme}", unit="layer", disable=not progress):
         try:
             module = chosen[name].from_weight(_linear(core, name).weight)
         except ValueError as error:
             raise UserError(f"{name}: cannot be quantised: {error}") from None
         _replace(core, name, module.train(core.training))
+    if embedding:
+        table = EMBEDDINGS[scheme].from_weight(core.embed_tokens.weight)
+        held = QuantizedEmbedding(table, core.embed_tokens.weight.dtype).train(core.training)
+        _replace(core, "embed_tokens", held)
     head = model_bytes(core.lm_head) if tied else 0
     return Report(scheme, len(chosen), before, model_bytes(core), head)
 
 
-def _plan(core: Llama, scheme: str) -> dict[str, type[QuantizedLinear]]:
+def _plan(core: Llama, scheme: str, embedding: bool = False) -> dict[str, type[QuantizedLinear]]:
     """Name → replacement of every layer that the scheme quantises, all of them checked."""
     if scheme not in SCHEMES:
         raise UserError(f"unknown quantisation '{scheme}'; known: {', '.join(SCHEMES)}")
+    if embedding and scheme not in EMBEDDINGS:
+        raise UserError(f"{scheme} has no form for the embedding; known: {', '.join(EMBEDDINGS)}")
     modules = dict(core.named_modules())
     if any(isinstance(module, QuantizedLinear) for module in modules.values()):
         raise UserError("this core is quantised already; start from the core that it was made from")
@@ -123,6 +135,10 @@ def _plan(core: Llama, scheme: str) -> dict[str, type[QuantizedLinear]]:
             f"{scheme} leaves the first and the last block as they are; "
             f"a core of {n_layers} blocks has nothing to quantise"
         )
+    if embedding:
+        reason = EMBEDDINGS[scheme].unfit(core.config.dim, core.config.vocab_size)
+        if reason:
+            raise UserError(f"embed_tokens: {reason}; use int8")
     for name, kind in chosen.items():
         reason = kind.unfit(linear[name].in_features, linear[name].out_features)
         if reason:
@@ -159,7 +175,8 @@ def pack(core: Llama) -> str:
     CUDA: torchao, where it is installed (over the same numbers), else plain torch. CPU: our kernels, or
     torch's packed products where there is no C compiler. A packed core may have no state to save.
     """
-    layers = {n: m for n, m in core.named_modules() if isinstance(m, QuantizedLinear)}
+    # The embedding's rows are looked up one by one: its saved form is the one that serves.
+    layers = {n: m for n, m in core.named_modules() if isinstance(m, QuantizedLinear) and n != TABLE}
     dtype = core.embed_tokens.weight.dtype
     if core.embed_tokens.weight.is_cuda:
         if not _has_torchao():
@@ -201,18 +218,36 @@ def save_quantized(folder: Path, core: Llama, tokenizer: "Tokenizer", source_has
     tensors = {
         name: tensor if name.rpartition(".")[0] in own else tensor.to(torch.bfloat16)
         for name, tensor in core.state_dict().items()
-        if name != "lm_head.weight" or "lm_head" in own or not core.config.tied_embeddings
+        if not name.startswith(f"{_HEAD}.") or _HEAD in own or _keeps_head(core)
     }
     entry = {"scheme": scheme, "format": _FORMAT, "int4_group": INT4_GROUP, "source_core_hash": source_hash}
+    if isinstance(core.embed_tokens, QuantizedEmbedding):
+        entry["embedding"] = True
+    if not _has_head(core):
+        entry["head"] = False
     with replacing(Path(folder)) as temporary:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary / WEIGHTS)
         tokenizer.save(temporary / "tokenizer.json")
         write_json(temporary / CONFIG, {**config_to_hf(core.config, tokenizer), ENTRY: entry})
 
 
+def _has_head(core: Llama) -> bool:
+    """Whether the head is one over the whole vocabulary: what cores and their files have."""
+    return isinstance(core.lm_head, nn.Linear | QuantizedLinear)
+
+
+def _keeps_head(core: Llama) -> bool:
+    """Whether the head is a plain weight of its own."""
+    return isinstance(core.lm_head, nn.Linear) and not core.config.tied_embeddings
+
+
 def scheme_of(core: Llama) -> str | None:
     """Name of the scheme that gives exactly this core's layers, or None."""
-    kinds = {name: type(m) for name, m in core.named_modules() if _NAME.fullmatch(name)}
+    kinds: dict[str, type[nn.Module]] = {
+        name: type(m)
+        for name, m in core.named_modules()
+        if _NAME.fullmatch(name) and (name != _HEAD or _has_head(core))
+    }
     for scheme, choice in SCHEMES.items():
         wanted = {name: choice(name, core.config.n_layers) for name in kinds}
         packed = any(isinstance(m, Int4Linear) and m.packed is not None for m in core.modules())
@@ -237,9 +272,9 @@ def load_quantized(folder: Path, dtype: DType = torch.float32) -> tuple[Llama, "
 
     folder = Path(folder)
     values = read_config(folder)
-    scheme = _read_entry(values.get(ENTRY), folder / CONFIG)
+    scheme, embedding, head = _read_entry(values.get(ENTRY), folder / CONFIG)
     config = config_from_hf(values, folder / CONFIG)
-    core = _empty(config, scheme, folder / CONFIG)
+    core = _empty(config, scheme, embedding, head, folder / CONFIG)
     tied = config.tied_embeddings and isinstance(core.lm_head, nn.Linear)
     wanted = core.state_dict()
     if tied:
@@ -253,15 +288,20 @@ def load_quantized(folder: Path, dtype: DType = torch.float32) -> tuple[Llama, "
     if tied:
         core.lm_head.weight = core.embed_tokens.weight
     core.frequencies = rope_frequencies(config)  # in no checkpoint
+    if isinstance(core.embed_tokens, QuantizedEmbedding):
+        core.embed_tokens.hold(left)
     return core.eval().requires_grad_(False), Tokenizer.load(folder)
 
 
-def _read_entry(entry: Any, path: Path) -> str:
-    """The scheme that config.json names."""
+def _read_entry(entry: Any, path: Path) -> tuple[str, bool, bool]:
+    """What config.json names: the scheme, whether the embedding is quantised, whether there is a head."""
     if not isinstance(entry, dict):
         raise CheckpointError(f"{path}: {ENTRY} is missing: this checkpoint is not quantised")
     known = {"scheme", "format", "int4_group", "source_core_hash"}
-    for key in sorted(known ^ set(entry)):
+    for key, usual in (("embedding", False), ("head", True)):
+        if not isinstance(entry.get(key, usual), bool):
+            raise CheckpointError(f"{path}: {ENTRY}.{key} is {entry[key]!r}, not true or false")
+    for key in sorted(known ^ (set(entry) - {"embedding", "head"})):
         raise CheckpointError(f"{path}: {ENTRY}.{key} is {'missing' if key in known else 'unknown'}")
     if entry["format"] != _FORMAT or entry["int4_group"] != INT4_GROUP:
         raise CheckpointError(
@@ -270,20 +310,25 @@ def _read_entry(entry: Any, path: Path) -> str:
         )
     if entry["scheme"] not in SCHEMES:
         raise CheckpointError(f"{path}: {ENTRY}.scheme is {entry['scheme']!r}; known: {', '.join(SCHEMES)}")
-    return entry["scheme"]
+    return entry["scheme"], entry.get("embedding", False), entry.get("head", True)
 
 
-def _empty(config: LlamaConfig, scheme: str, path: Path) -> Llama:
+def _empty(config: LlamaConfig, scheme: str, embedding: bool, head: bool, path: Path) -> Llama:
     """The quantised model's shape, without any memory."""
     with torch.device("meta"):
         core = Llama(config)
+        if not head:
+            _replace(core, _HEAD, NoHead())
         try:
-            chosen = _plan(core, scheme)
+            chosen = _plan(core, scheme, embedding)
         except UserError as error:
             raise CheckpointError(f"{path}: {error}") from None
         for name, kind in chosen.items():
             linear = _linear(core, name)
             _replace(core, name, kind(linear.in_features, linear.out_features))
+        if embedding:
+            table = EMBEDDINGS[scheme](config.dim, config.vocab_size)
+            _replace(core, "embed_tokens", QuantizedEmbedding(table, torch.float32))
     return core
 
 
@@ -312,7 +357,9 @@ def _read_strict(
             )
         if name.rpartition(".")[0] not in quantized:
             tensors[name] = tensor.to(dtype)
-    return tensors
+    # torch's int8 product for bf16 reads 16 bytes at a time from addresses that it takes to be multiples of
+    # 16, or crashes; a file promises multiples of 8.
+    return {name: t.clone() if t.data_ptr() % 16 else t for name, t in tensors.items()}
 
 
 def quantize_checkpoint(source: str, folder: Path, scheme: str, overwrite: bool = False) -> Report:

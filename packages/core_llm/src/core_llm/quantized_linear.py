@@ -65,8 +65,8 @@ class QuantizedLinear(nn.Module):
         """fp32 rows [n, K] → stored values and scales of these rows."""
 
     @abstractmethod
-    def dequantized(self, rows: slice = slice(None)) -> Tensor:
-        """fp32 weights [n, K] of some output rows: exactly those that every product multiplies with."""
+    def dequantized(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """fp32 weights [n, K] of some output rows, by a slice or their numbers [n]: exactly those that every product multiplies with."""
 
     @abstractmethod
     def torchao_weight(self, dtype: torch.dtype) -> Tensor:
@@ -141,9 +141,9 @@ class Int8Linear(QuantizedLinear):
         values = block / torch.where(scale == 0, 1, scale)[:, None]
         return values.round_().clamp_(-127, 127).to(torch.int8), scale
 
-    def dequantized(self, rows: slice = slice(None)) -> Tensor:
+    def dequantized(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """fp32 weights [n, K] of some output rows."""
-        return self.weight[rows].float() * self.scale[rows, None]
+        return self.weight[rows].float() * self.scale[rows][:, None]
 
     def cpu_matrix(self) -> Matrix | None:
         """The weight for the C kernels."""
@@ -200,12 +200,12 @@ class Int4Linear(QuantizedLinear):
         bytes_ = words[:, :, :, 0] | words[:, :, :, 1] << 4
         return bytes_.transpose(2, 3).flatten(1), torch.cat((scale, minimum), dim=2).bfloat16()
 
-    def _nibbles(self, rows: slice = slice(None)) -> Tensor:
+    def _nibbles(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """q as uint8 [n, K]."""
         bytes_ = self.weight[rows].unflatten(1, (-1, 16, 2)).transpose(2, 3)
         return torch.stack((bytes_ & 15, bytes_ >> 4), dim=3).flatten(1)
 
-    def dequantized(self, rows: slice = slice(None)) -> Tensor:
+    def dequantized(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """fp32 weights [n, K] of some output rows; from the saved form, so not of a packed layer."""
         q = self._nibbles(rows).float().unflatten(1, (-1, INT4_GROUP))
         scale, minimum = self.scale[rows].float().split(1, dim=2)
