@@ -10,7 +10,7 @@ from core_llm.chat import Message
 from core_llm.errors import CheckpointError, UserError
 from core_llm.kernels import attend
 from guard.guard import Guard, Verdict
-from guard.prompt import prompts
+from guard.prompt import Row, prompts
 from guard.testing import tiny_guard
 
 TEXTS = [
@@ -89,7 +89,7 @@ def test_categories_add_up_to_the_probability(guard: Guard) -> None:
 def test_a_long_message_is_as_bad_as_its_worst_window(guard: Guard) -> None:
     text = " ".join(str(i) for i in range(300))
     rows = prompts(ask(text), guard.tokenizer, guard.policy)
-    windows = guard._judge(rows)
+    windows = guard.judge_rows([Row(ids) for ids in rows], guard.prompter.reading())
     verdict = guard.classify([ask(text), ask("hello")])[0]
     assert len(rows) > 3
     assert verdict.probability == pytest.approx(max(w.probability for w in windows), abs=1e-6)
@@ -111,10 +111,11 @@ def test_broken_numbers_count_as_unsafe() -> None:
 
 def test_a_confident_safe_answer_is_safe(guard: Guard) -> None:
     shares = [1 / 14] * 14
-    assert not guard._verdict(0.1, 0.99, shares).unsafe
-    assert guard._verdict(0.1, 0.99, shares).text == "safe"
-    assert guard._verdict(0.6, 0.99, shares).unsafe
-    assert guard._verdict(0.1, 0.4, shares).unsafe
+    verdict = guard.prompter.reading().verdict
+    assert not verdict(0.1, 0.99, shares).unsafe
+    assert verdict(0.1, 0.99, shares).text == "safe"
+    assert verdict(0.6, 0.99, shares).unsafe
+    assert verdict(0.1, 0.4, shares).unsafe
 
 
 def test_an_unsafe_verdict_names_its_strongest_category() -> None:

@@ -112,9 +112,12 @@ class Assistant:
 
         Raises `UserError` for an empty prompt or a part that no adapter takes, `MediaError` for a bad file.
         """
-        rendered = [
-            render(messages, self.tokenizer, generation_prompt, self.chat) for messages in conversations
-        ]
+        return self.prepare_rendered(
+            [render(messages, self.tokenizer, generation_prompt, self.chat) for messages in conversations]
+        )
+
+    def prepare_rendered(self, rendered: Sequence[Rendered]) -> Request:
+        """The same for conversations that are token ids already, in a format of the caller's own."""
         placed = [_Placed(row, index, part) for row, r in enumerate(rendered) for index, part in r.parts]
         self._check_parts(placed)
         encoded = []

@@ -45,12 +45,19 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """A guard in this process."""
+    """A guard in this process: one forward pass per batch, one batch at a time.
+
+    The keys and values of a policy's prompt are computed when it is first judged by, and shared by all
+    conversations since.
+    """
 
     def __init__(self, guard: Guard, batch_size: int = 32) -> None:
+        if batch_size < 1:
+            raise UserError(f"a batch holds at least one message, got {batch_size}")
         self.guard, self.batch_size = guard, batch_size
         self.name = guard.name
         self._lock = threading.Lock()
+        self._closed = False
 
     @property
     def policy(self) -> Policy:
@@ -61,15 +68,24 @@ class LocalEngine:
         self, conversations: Sequence[Sequence[Message]], policy: Policy | None = None
     ) -> list[Verdict]:
         """One verdict per conversation, in order; see `Engine.judge`."""
-        if policy is not None:
-            self.check(policy)
         with self._lock:
-            return self.guard.classify(conversations, self.batch_size)
+            if self._closed:
+                raise EngineError("the engine is closed")
+            try:
+                verdicts = self.guard.classify(conversations, self.batch_size, policy)
+            except UserError:
+                raise
+            except Exception as error:  # its text may quote what a user wrote
+                raise EngineError(f"the guard failed: {type(error).__name__}") from error
+        if len(verdicts) != len(conversations):
+            raise EngineError("the guard lost a verdict")
+        return verdicts
 
     def check(self, policy: Policy) -> None:
         """Raise `UserError` where this guard cannot judge by `policy`."""
-        if set(policy.categories) != set(self.policy.categories):
-            raise UserError("this guard was trained on fixed categories")
+        self.guard.prompter.reading(policy)
 
     def close(self) -> None:
-        """Nothing is held yet."""
+        """Judge nothing more; what is being judged is finished first."""
+        with self._lock:
+            self._closed = True

@@ -7,6 +7,7 @@ request by one policy from beginning to end.
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -113,6 +114,17 @@ class Policy:
     def enabled(self) -> tuple[Category, ...]:
         """The categories that are on."""
         return tuple(category for category in self.categories.values() if category.enabled)
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """Code → the code that a guard which reads rules is shown: `S` and a number, as it was trained.
+
+        A code of that form stays; another gets the next number that is free.
+        """
+        codes = [category.code for category in self.enabled]
+        kept = {code for code in codes if re.fullmatch(r"S[1-9]\d{0,2}", code)}
+        free = (f"S{n}" for n in range(1, len(codes) + len(kept) + 1) if f"S{n}" not in kept)
+        return {code: code if code in kept else next(free) for code in codes}
 
     @property
     def digest(self) -> str:

@@ -4,11 +4,12 @@ Every boundary is a special token, which user text can never produce: no text cl
 opens a turn or speaks as the other side. The answer's grammar is `safe` or `unsafe\\nS1,S10`.
 """
 
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from core_llm.chat import Message, header_ids
+from core_llm.chat import Audio, Message, Part, Text, ToolCall, ToolResult, header_ids
 from core_llm.errors import CheckpointError, UserError
 from core_llm.tokenizer import Tokenizer
 from guard.policy import Policy
@@ -61,34 +62,115 @@ def plain(text: str) -> str:
     return "".join(c for c in folded if unicodedata.category(c) != "Cf")
 
 
-def prompts(messages: Sequence[Message], tokenizer: Tokenizer, policy: Policy) -> list[list[int]]:
-    """Token ids of the prompts that judge the last message: one, or one per window of a long message.
+@dataclass(frozen=True)
+class Row:
+    """One prompt; it ends where the verdict begins.
 
-    Each ends where the verdict begins. Raises `UserError` for an empty conversation or last message.
+    ids: every media part is one placeholder id. shared: how many of the first ids depend on the policy and
+    the speaker alone, and are thus the same in many prompts. parts: (index in ids, part) of media.
     """
+
+    ids: list[int]
+    shared: int = 0
+    parts: tuple[tuple[int, Part], ...] = ()
+
+
+# What a prompt is made of before media become placeholders: token ids and parts.
+Units = list[int | Part]
+
+
+def row_of(units: Units, tokenizer: Tokenizer, shared: int = 0) -> Row:
+    """A row in which each part is its placeholder."""
+    if all(isinstance(unit, int) for unit in units):
+        return Row([unit for unit in units if isinstance(unit, int)], shared)
+    ids = [u if isinstance(u, int) else placeholder(u, tokenizer) for u in units]
+    return Row(ids, shared, tuple((i, u) for i, u in enumerate(units) if not isinstance(u, int)))
+
+
+def placeholder(part: Part, tokenizer: Tokenizer) -> int:
+    """The id where a part stands."""
+    return tokenizer.audio_id if isinstance(part, Audio) else tokenizer.image_id
+
+
+def contents(message: Message) -> list[str | Part]:
+    """Texts and media of a message in order, neighbouring texts joined; what tools said is text too."""
+    found: list[str | Part] = []
+    for part in message.parts:
+        if isinstance(part, Text):
+            piece: str | Part = part.text
+        elif isinstance(part, ToolCall):
+            piece = f"{part.name}({_json(part.arguments)})"
+        elif isinstance(part, ToolResult):
+            piece = _json(part.value)
+        else:
+            piece = part
+        if isinstance(piece, str) and found and isinstance(found[-1], str):
+            found[-1] += piece
+        else:
+            found.append(piece)
+    return found
+
+
+def _json(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def check_content(messages: Sequence[Message]) -> None:
+    """Raise `UserError` for an empty conversation or one whose last message holds nothing to judge."""
     if not messages:
         raise UserError("the conversation is empty: give at least one message")
-    turns = [(_turn(m, tokenizer), tokenizer.encode(plain(m.text))) for m in messages]
-    speaker, judged = turns[-1]
-    if not plain(messages[-1].text).strip():
+    if not any(not isinstance(piece, str) or plain(piece).strip() for piece in contents(messages[-1])):
         raise UserError("the message to judge is empty: give some text")
-    context: list[int] = []
-    for marker, ids in turns[:-1]:
-        context += [marker, *ids]
+
+
+def prompts(messages: Sequence[Message], tokenizer: Tokenizer, policy: Policy) -> list[list[int]]:
+    """Token ids of the prompts that judge the last message, see `rows`."""
+    return [row.ids for row in rows(messages, tokenizer, policy)]
+
+
+def rows(messages: Sequence[Message], tokenizer: Tokenizer, policy: Policy) -> list[Row]:
+    """The prompts that judge the last message: one, or one per window of a long message.
+
+    Raises `UserError` for an empty conversation or last message.
+    """
+    check_content(messages)
+    turns = [(_turn(m, tokenizer), _units(m, tokenizer)) for m in messages]
+    speaker, judged = turns[-1]
+    context: Units = []
+    for marker, units in turns[:-1]:
+        context += [marker, *units]
     before, after = _frame(messages[-1], tokenizer, policy)
     if len(context) > policy.context:
         # The marker in front tells whose words the cut begins with: the last one before it.
         cut = len(context) - policy.context
         markers = [i for i in context[: cut + 1] if i in (_user(tokenizer), _agent(tokenizer))]
         context = [markers[-1], *context[cut + 1 :]] if policy.context else []
-    return [[*before, *context, speaker, *part, *after] for part in _windows(judged, policy.window)]
+    return [
+        row_of([*before, *context, speaker, *part, *after], tokenizer, len(before))
+        for part in _windows(judged, policy.window)
+    ]
 
 
-def _windows(ids: list[int], width: int) -> list[list[int]]:
-    """Pieces of at most `width` ids that overlap by a quarter, so that no phrase is only seen in halves."""
+def _units(message: Message, tokenizer: Tokenizer) -> Units:
+    units: Units = []
+    for piece in contents(message):
+        units += tokenizer.encode(plain(piece)) if isinstance(piece, str) else [piece]
+    return units
+
+
+def _windows(units: Units, width: int) -> list[Units]:
+    """Pieces of at most `width` that overlap by a quarter, so that no phrase is only seen in halves.
+
+    Where there are several, each shows all media of the message, in front of its text.
+    """
+    media: Units = [unit for unit in units if not isinstance(unit, int)]
+    if media and len(units) > width:
+        units = [unit for unit in units if isinstance(unit, int)]
+    else:
+        media = []
     stride = width - width // 4
-    starts = range(0, max(1, len(ids) - width // 4), stride)
-    return [ids[start : start + width] for start in starts]
+    starts = range(0, max(1, len(units) - width // 4), stride)
+    return [[*media, *units[start : start + width]] for start in starts]
 
 
 def _frame(last: Message, tokenizer: Tokenizer, policy: Policy) -> tuple[list[int], list[int]]:
@@ -96,7 +178,11 @@ def _frame(last: Message, tokenizer: Tokenizer, policy: Policy) -> tuple[list[in
     begin, end = tokenizer.special(BEGIN), tokenizer.special(END)
     if policy.brief:
         return [tokenizer.bos_id, begin], [end]
-    rules = "\n".join(f"{rule.code}: {rule.name}." for rule in policy.enabled)
+    shown = policy.shown
+    rules = "\n".join(
+        f"{shown[rule.code]}: {rule.name}." + (f" {rule.description}" if rule.description else "")
+        for rule in policy.enabled
+    )
     task = tokenizer.encode(_TASK.format(rules=rules))
     demand = tokenizer.encode(_DEMAND.format(speaker="agent" if last.role == "assistant" else "user"))
     before = [tokenizer.bos_id, *header_ids("user", tokenizer), *task, begin]

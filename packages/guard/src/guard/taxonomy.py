@@ -23,6 +23,31 @@ CATEGORIES: dict[str, str] = {
     "S14": "Code Interpreter Abuse",
 }
 
+# Categories of Llama Guard 2 (model card), with what they are here: it lacks S5, S13 and S14, so that its
+# numbers are others.
+LLAMA_GUARD_2: dict[str, tuple[str, str]] = {
+    "S1": ("Violent Crimes", "S1"),
+    "S2": ("Non-Violent Crimes", "S2"),
+    "S3": ("Sex-Related Crimes", "S3"),
+    "S4": ("Child Sexual Exploitation", "S4"),
+    "S5": ("Specialized Advice", "S6"),
+    "S6": ("Privacy", "S7"),
+    "S7": ("Intellectual Property", "S8"),
+    "S8": ("Indiscriminate Weapons", "S9"),
+    "S9": ("Hate", "S10"),
+    "S10": ("Suicide & Self-Harm", "S11"),
+    "S11": ("Sexual Content", "S12"),
+}
+
+# Names in lower case that released guards give their categories, with our codes.
+RELEASED_NAMES: dict[str, str] = {
+    **{name.lower(): code for code, name in CATEGORIES.items()},
+    **{name.lower(): code for name, code in LLAMA_GUARD_2.values()},
+    "sex crimes": "S3",
+    "child exploitation": "S4",
+    "suicide and self-harm": "S11",
+}
+
 # Each key of the OpenAI moderation API, with the alternatives that raise it. An alternative is a set of
 # S-codes that must all be present: "hate/threatening" needs hate and violence together. An empty tuple
 # marks what the taxonomy has no code for: its score is always 0.
