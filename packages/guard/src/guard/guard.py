@@ -15,13 +15,13 @@ from torch import Tensor
 from core_llm.adapters import Adapter, Assistant
 from core_llm.cache import KVCache, Prefix
 from core_llm.chat import Message, Rendered
-from core_llm.checkpoint import load_core, save_core
 from core_llm.errors import CheckpointError
 from core_llm.generate import compute_prefix, hidden_states
 from core_llm.hub import find_model
 from core_llm.model import Llama
 from core_llm.stored import DType
 from core_llm.tokenizer import Tokenizer
+from guard import stored
 from guard.policy import Policy
 from guard.prompt import Row
 from guard.prompter import SETTINGS, Format, Prompter
@@ -120,7 +120,7 @@ class Guard:
         if loader is not None:
             core, tokenizer, adapters = loader(folder)
         else:
-            core, tokenizer = load_core(folder, kept)
+            core, tokenizer = stored.load(folder, kept)
         guard = cls.__new__(cls)
         guard.prompter = Prompter.of_folder(folder, tokenizer)
         guard._take(core, adapters)
@@ -129,7 +129,7 @@ class Guard:
 
     def save(self, folder: Path, card: str | None = None) -> None:
         """Write the checkpoint: a core in the Hugging Face layout, and the guard's settings."""
-        save_core(folder, self.core, self.tokenizer, card)
+        stored.save(folder, self.core, self.tokenizer, card)
         temporary = folder / f"{SETTINGS}.tmp"
         temporary.write_text(json.dumps(self.prompter.settings(), indent=2) + "\n")
         os.replace(temporary, folder / SETTINGS)
