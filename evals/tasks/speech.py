@@ -16,7 +16,7 @@ from evals.tasks.controls import MAJORITY, shuffled, with_messages
 from evals.tasks.vision import SHUFFLED_IMAGES, bundled_scene, easy_vqa_kind
 
 CLIPS = Path(__file__).parent.parent / "samples"
-COMMAND_CLIPS = 200
+COMMAND_CLIPS = 300
 _QUESTION_EVERY = 4  # commands have the larger part of the words
 
 
@@ -87,12 +87,12 @@ def _needs_espeak() -> None:
 
 def command_phrases() -> Iterator[tuple[str, str]]:
     """Kind and text of one phrase after the other: three commands, then a question."""
-    from core_llm.data.phrases import command_phrase, question_phrase
+    from core_llm.data.phrases import question_phrase, spoken_command
 
     rng = random.Random("evals spoken-commands")  # trainers seed with numbers
     while True:
         for _ in range(_QUESTION_EVERY - 1):
-            yield "command", command_phrase(rng)
+            yield "command", spoken_command(rng)
         yield "question", question_phrase(rng)
 
 

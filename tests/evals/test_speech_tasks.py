@@ -27,20 +27,20 @@ def samples() -> list[Sample]:
 
 def test_the_two_generators_know_a_closed_vocabulary() -> None:
     found = [set[str](), set[str]()]
-    for words, n in zip(found, (4_000, 20_000), strict=True):
+    for words, n in zip(found, (8_000, 20_000), strict=True):
         for _, text in islice(speech.command_phrases(), n):
             words |= set(speech.words_of(text))
-    assert found[0] == found[1] and len(found[1]) == 147
+    assert found[0] == found[1] and len(found[1]) == 208
 
 
 @needs_espeak
-def test_two_hundred_different_phrases_in_held_out_voices(samples: list[Sample]) -> None:
-    assert len({sample.target for sample in samples}) == len(samples) == 200
-    assert Counter(sample.group for sample in samples) == dict.fromkeys(HELD_OUT_VOICES, 20)
+def test_three_hundred_different_phrases_in_held_out_voices(samples: list[Sample]) -> None:
+    assert len({sample.target for sample in samples}) == len(samples) == 300
+    assert Counter(sample.group for sample in samples) == dict.fromkeys(HELD_OUT_VOICES, 30)
     kinds = Counter(sample.kind for sample in samples)
     assert kinds["command"] > 2 * kinds["question"] > 60
     task = registry()["spoken-commands"]
-    assert task.extras is not None and task.extras(samples, [])["distinct_words"] == 124
+    assert task.extras is not None and task.extras(samples, [])["distinct_words"] == 191
     for sample in samples:
         clip = sample.messages[0].parts[1]
         assert isinstance(clip, Audio) and isinstance(clip.data, np.ndarray) and clip.rate == 16_000

@@ -154,7 +154,7 @@ def test_a_whisper_adapter_is_created_trained_saved_and_loaded(
         Spoken(samples, word, "Repeat:", word, np.array([0.0]), np.array(["s"])) for word in ("one", "two")
     ]
     corpus = Corpus({"ann": clips}, clips, clips, clips)
-    recipe = Recipe(recorded=1, digits=1, phrases=0, questions=0)
+    recipe = Recipe(recorded=1, digits=1, commands=0, questions=0)
     task = CoreTask(adapter, core, tokenizer, corpus, {"digits": clips}, recipe, align_steps=1, seed=0)
     before = core_hash(core)
     fit(task, FitConfig(out=tmp_path / "run", steps=2, warmup=1, autocast=False))

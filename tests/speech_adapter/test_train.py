@@ -16,7 +16,7 @@ from speech_adapter.corpus import Corpus, Spoken, trim
 from speech_adapter.testing import chirp
 from speech_adapter.train import CoreTask, EncoderTask, Recipe, _hand_over
 
-RECIPE = Recipe(recorded=3, digits=2, phrases=2, questions=3)
+RECIPE = Recipe(recorded=3, digits=2, commands=2, questions=3)
 
 
 def clip(text: str, seed: int, aligned: bool = True) -> Spoken:
@@ -31,7 +31,7 @@ def task(adapter: SpeechAdapter, core_and_tokenizer: tuple[Llama, Tokenizer]) ->
     corpus = Corpus(
         recorded={"ann": [clip("one", 1, aligned=False)], "bob": [clip("two", 2, aligned=False)]},
         digits=[clip("three", 3), clip("four", 4)],
-        phrases=[clip("open the door", 5)],
+        commands=[clip("open the door", 5)],
         questions=[clip("is there a circle?", 6)],
     )
     held_out = {"digits": [clip("one", 7), clip("two", 8)]}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core_llm.data.phrases import DIGITS, REPEAT_PROMPT, digits_phrase, spoken_phrase
+from core_llm.data.phrases import DIGITS, REPEAT_PROMPT, digits_phrase, question_phrase, spoken_command
 from core_llm.data.scenes import KINDS, describe, questions, sample_scene
 from core_llm.data.sources import load
 from speech_adapter.audio import SAMPLE_RATE, decode
@@ -40,16 +40,16 @@ class Spoken:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Recorded digits by speaker, and espeak digits, phrases and questions about a described scene."""
+    """Recorded digits by speaker, and espeak digits, commands and questions about a described scene."""
 
     recorded: dict[str, list[Spoken]]
     digits: list[Spoken]
-    phrases: list[Spoken]
+    commands: list[Spoken]
     questions: list[Spoken]
 
     def inventory(self) -> list[str]:
         """All phonemes of the synthetic clips, and silence."""
-        clips = (*self.digits, *self.phrases, *self.questions)
+        clips = (*self.digits, *self.commands, *self.questions)
         known = [clip.phonemes for clip in clips if clip.phonemes is not None]
         return sorted({str(name) for names in known for name in names} | {"_"})
 
@@ -82,6 +82,11 @@ def _repeat(make: Callable[[random.Random], str]) -> Sampler:
 def _short_digits(rng: random.Random) -> str:
     """Mostly one digit: the hardest clips are the shortest."""
     return rng.choice(DIGITS) if rng.random() < 0.6 else digits_phrase(rng)
+
+
+def _command(rng: random.Random) -> str:
+    """Mostly commands; some of the questions that elsewhere are answered are to be repeated, too."""
+    return spoken_command(rng) if rng.random() < 0.85 else question_phrase(rng)
 
 
 def synthesise(
@@ -121,14 +126,19 @@ def trim(samples: np.ndarray, threshold: int = 160, margin_ms: int = 20) -> tupl
 def build_corpus(data_root: Path | None, cache_dir: Path, n_synthetic: int, seed: int) -> Corpus:
     """Training speech: every FSDD clip of the train split and `n_synthetic` espeak clips."""
     recorded = recorded_digits(data_root, "train")
-    quarter = n_synthetic // 4
+    n_digits, n_commands = n_synthetic * 3 // 16, n_synthetic // 2
     wanted: list[tuple[Sampler, int]] = [
-        (_repeat(_short_digits), quarter),
-        (_repeat(spoken_phrase), quarter),
-        (question_about_scene, n_synthetic - 2 * quarter),
+        (_repeat(_short_digits), n_digits),
+        (_repeat(_command), n_commands),
+        (question_about_scene, n_synthetic - n_digits - n_commands),
     ]
-    digits, phrases, asked = synthesise(wanted, seed, cache_dir, TRAIN_VOICES)
-    return Corpus(recorded, digits, phrases, asked)
+    digits, commands, asked = synthesise(wanted, seed, cache_dir, TRAIN_VOICES)
+    return Corpus(recorded, digits, commands, asked)
+
+
+def held_out_commands(n: int, cache_dir: Path, seed: int = 90_002) -> list[Spoken]:
+    """Commands in voices that no training clip has."""
+    return synthesise([(_repeat(_command), n)], seed, cache_dir, HELD_OUT_VOICES)[0]
 
 
 def held_out_questions(n: int, cache_dir: Path, seed: int = 90_001) -> list[Spoken]:

@@ -33,6 +33,7 @@ from speech_adapter.corpus import (
     Corpus,
     Spoken,
     build_corpus,
+    held_out_commands,
     held_out_questions,
     interleaved,
     recorded_digits,
@@ -50,9 +51,9 @@ class Recipe:
     core_lr_scale: float = 0.5  # learning rate of the second stage
     ctc_weight: float = 0.5  # beside the core's loss
     recorded: int = 20  # clips of each kind per two steps
-    digits: int = 10
-    phrases: int = 6
-    questions: int = 18
+    digits: int = 6
+    commands: int = 16
+    questions: int = 12
     join_probability: float = 0.4  # of a recorded digit: followed by one to three more
     n_synthetic: int = 16_000
     max_seconds: float = 4.5
@@ -126,7 +127,7 @@ class EncoderTask:
         clips = [self._recorded(rng) for _ in range(recipe.recorded)]
         for kind, n in (
             (self.corpus.digits, recipe.digits),
-            (self.corpus.phrases, recipe.phrases),
+            (self.corpus.commands, recipe.commands),
             (self.corpus.questions, recipe.questions),
         ):
             clips += [kind[int(i)] for i in rng.integers(0, len(kind), n)]
@@ -282,8 +283,9 @@ def train(
     cache_dir = out / "speech_cache"
     with processes.writer_first():  # of several processes one speaks, and the others read what it left
         corpus = build_corpus(data_root, cache_dir, recipe.n_synthetic, seed)
-        questions = held_out_questions(150, cache_dir)
-    held_out = {"digits": interleaved(recorded_digits(data_root, "dev"), 200), "questions": questions}
+        questions, commands = held_out_questions(150, cache_dir), held_out_commands(150, cache_dir)
+    digits = interleaved(recorded_digits(data_root, "dev"), 200)
+    held_out = {"digits": digits, "commands": commands, "questions": questions}
     listening_steps = round(steps * recipe.listening_fraction)
     torch.manual_seed(seed)
     codes = torch.randn(core.config.vocab_size, core.config.dim)

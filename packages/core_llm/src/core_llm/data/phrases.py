@@ -38,6 +38,20 @@ _THINGS = (
     *WORDS[:20],
 )
 _ADVERBS = ("now", "again", "please", "slowly", "today", "first", "twice", "later")
+# What a house hears beside these: the core learns to repeat every one of them (`command_conversation`).
+_HOUSE_VERBS = (
+    "call", "play", "set", "write", "clean", "cook", "help", "ask", "give", "take", "check", "raise",
+    "lower", "wash", "print", "save", "lock", "send", "answer", "wait",
+)  # fmt: skip
+_HOUSE_THINGS = (
+    "radio", "volume", "kitchen", "bedroom", "office", "garden", "water", "movie", "weather", "letter",
+    "message", "temperature", "song", "coffee", "heater", "phone", "paper", "bottle", "ticket", "train",
+    "doctor", "mother", "news", "story",
+)  # fmt: skip
+_HOUSE_ADVERBS = (
+    "yesterday", "tonight", "outside", "inside", "together", "soon", "always", "never", "here",
+)  # fmt: skip
+_HOUSE_KINDS = ("big", "small", "old", "new", "warm", "cold", "loud", "fast")
 
 
 def digits_phrase(rng: random.Random) -> str:
@@ -60,6 +74,25 @@ def command_phrase(rng: random.Random) -> str:
             f"{rng.choice(WORDS)} {rng.choice(WORDS)} {rng.choice(WORDS)}",
         )
     )
+
+
+def house_phrase(rng: random.Random) -> str:
+    """A short command or statement about a house, over a closed vocabulary of its own."""
+    thing, verb = rng.choice(_HOUSE_THINGS), rng.choice(_HOUSE_VERBS)
+    return rng.choice(
+        (
+            f"{verb} the {thing} {rng.choice(_HOUSE_ADVERBS)}",
+            f"please {verb} the {rng.choice(_HOUSE_KINDS)} {thing}",
+            f"{verb} the {thing} and the {rng.choice(_HOUSE_THINGS)} {rng.choice(_ADVERBS)}",
+            f"the {thing} is {rng.choice(_HOUSE_KINDS)} and the {rng.choice(_HOUSE_THINGS)} is "
+            f"{rng.choice(_HOUSE_KINDS)}",
+        )
+    )
+
+
+def spoken_command(rng: random.Random) -> str:
+    """A command or statement: with those of `question_phrase`, a vocabulary of about 200 words."""
+    return command_phrase(rng) if rng.random() < 0.5 else house_phrase(rng)
 
 
 def question_phrase(rng: random.Random) -> str:
@@ -128,7 +161,15 @@ def presence_conversation(rng: random.Random, negated_share: float) -> list[Mess
 
 def repeat_conversation(rng: random.Random) -> list[Message]:
     """The recognition prompt of the Llama 3 paper (section 8), with text where audio will stand."""
-    phrase = spoken_phrase(rng)
+    return _repeat(spoken_phrase(rng), rng)
+
+
+def command_conversation(rng: random.Random) -> list[Message]:
+    """A command to repeat, of the wider vocabulary."""
+    return _repeat(spoken_command(rng), rng)
+
+
+def _repeat(phrase: str, rng: random.Random) -> list[Message]:
     separator = " " if rng.random() < 0.8 else ""
     return [Message("user", REPEAT_PROMPT + separator + phrase), Message("assistant", phrase)]
 

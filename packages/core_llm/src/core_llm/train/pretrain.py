@@ -20,6 +20,7 @@ from core_llm.data import sources
 from core_llm.data.packing import Document, Packed, pack
 from core_llm.data.phrases import (
     checklist_conversation,
+    command_conversation,
     presence_conversation,
     sample_conversation,
     sample_texts,
@@ -52,6 +53,7 @@ class PretrainConfig:
     blend_steps: int = 450  # of the third stage
     blend_windows: int = 24
     blend_lr: float = 1.5e-3
+    command_share: float = 0.3  # of that stage, for each whole of the rest: short documents
     seed: int = 0
 
 
@@ -192,15 +194,27 @@ class PresenceTask(PretrainTask):
 
 
 class BlendTask(PresenceTask):
-    """The last stage: everything together, so that what the second stage pushed aside comes back."""
+    """The last stage: everything together, so that what the second stage pushed aside comes back.
+
+    Here the core also learns to repeat the wider vocabulary of spoken commands.
+    """
 
     name = "pretrain-blend"
+
+    def __init__(
+        self, model: Llama, tokenizer: Tokenizer, config: PretrainConfig, data_root: Path | None
+    ) -> None:
+        super().__init__(model, tokenizer, config, data_root)
+        rng = random.Random(f"repeat-{config.seed}")
+        self.commands = [
+            document(command_conversation(rng), tokenizer, rng, 0.0) for _ in range(config.pool // 2)
+        ]
 
     def batch(self, step: int) -> Packed:
         """Windows of the step, drawn from all pools."""
         rng = random.Random(f"blend-{self.config.seed}-{step}")
-        pools = [self.easy, self.own, self.negated, self.lists, self.maths]
-        shares = [0.3, 0.4, 0.2, 0.06, 0.04]
+        pools = [self.easy, self.own, self.negated, self.lists, self.maths, self.commands]
+        shares = [0.3, 0.4, 0.2, 0.06, 0.04, self.config.command_share]
 
         def stream() -> Iterator[Document]:
             while True:
