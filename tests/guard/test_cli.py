@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from core_llm.errors import UserError
-from guard.cli import main, read_jsonl
+from guard.cli import main
+from guard.conversations import read_jsonl
 from guard.testing import tiny_guard
 
 
@@ -70,7 +71,7 @@ def test_json_lines_come_in_and_go_out_in_order(run: Run, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     verdicts = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(verdicts) == 4
-    assert set(verdicts[0]) == {"unsafe", "probability", "mass", "categories", "named"}
+    assert set(verdicts[0]) == {"unsafe", "probability", "mass", "categories", "named", "flagged", "policy"}
 
 
 def test_table_shows_brackets_of_a_message_as_they_are(run: Run, folder: Path) -> None:

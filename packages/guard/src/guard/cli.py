@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from core_llm import cli_tools
+from guard.cli_evaluate import evaluate
 
 if TYPE_CHECKING:
     from core_llm.chat import Message
@@ -74,6 +75,7 @@ def classify(
 
     from core_llm.chat import Message
     from core_llm.errors import UserError
+    from guard.conversations import read_jsonl
     from guard.guard import Guard
 
     if batch_size < 1:
@@ -93,44 +95,6 @@ def classify(
             print(json.dumps({**asdict(verdict), "named": verdict.named}))
     else:
         _print_table(conversations, verdicts)
-
-
-def read_jsonl(source: str) -> "list[list[Message]]":
-    """Conversations out of JSON lines; raises `UserError` that names the first bad line."""
-    import json
-
-    from core_llm.errors import UserError
-
-    conversations = []
-    for number, line in enumerate(source.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            conversations.append(_conversation(json.loads(line)))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(
-                f"line {number} is not a string, an object with text, context and response, or messages"
-            ) from None
-    return conversations
-
-
-def _conversation(value: object) -> "list[Message]":
-    from core_llm.chat import Message
-
-    def text(item: object) -> str:
-        if not isinstance(item, str):
-            raise TypeError("not a string")
-        return item
-
-    if isinstance(value, str):
-        return [Message("user", value)]
-    if not isinstance(value, dict):
-        raise TypeError("not an object")
-    if "messages" in value:
-        return [Message(text(m["role"]), text(m["content"])) for m in value["messages"]]
-    if "response" in value:
-        return [Message("user", text(value["context"])), Message("assistant", text(value["response"]))]
-    return [Message("user", text(value["text"]))]
 
 
 def _print_table(conversations: "list[list[Message]]", verdicts: "list[Verdict]") -> None:
@@ -184,5 +148,5 @@ def main() -> None:
     cli_tools.run(
         "guard",
         "A safety guard on a Llama core: train it, judge texts, serve the moderation API.",
-        {"train": train, "classify": classify, "serve": serve},
+        {"train": train, "classify": classify, "evaluate": evaluate, "serve": serve},
     )

@@ -13,6 +13,7 @@ from core_llm.errors import CheckpointError
 from core_llm.files import read_json
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
+from guard.calibration import stored_beside
 from guard.chat_template import ChatTemplate, template_of
 from guard.policy import Categories, Policy
 from guard.prompter import Prompter
@@ -63,7 +64,7 @@ def released_prompter(folder: Path, tokenizer: Tokenizer | None = None) -> Promp
     ]
     window = max(8, min(_WINDOW, (_context(folder) - _BESIDE) // 2))
     policy = Policy(Categories(categories), window=window, context=window, name=folder.resolve().name[:200])
-    return Prompter(tokenizer, policy, form=template)
+    return Prompter(tokenizer, policy, temperature=stored_beside(folder), form=template)
 
 
 def _context(folder: Path) -> int:

@@ -1,0 +1,1 @@
+"""Measuring a guard: rows, scores, baselines, intervals, figures."""
