@@ -127,3 +127,26 @@ def test_recall_at_one_percent_stops_at_the_hundredth_safe_row() -> None:
     unsafe = [{"probability": p, "label": 1.0, "unsafe": 0.0} for p in (0.95, 0.8995, 0.8985, 0.8975, 0.1)]
     columns = stats.columns_of(safe + unsafe)
     assert stats.METRICS["recall_at_1_fpr"](columns, np.ones((1, 205)))[0] == pytest.approx(3 / 5)
+
+
+def test_violations_count_unsafe_requests_and_false_refusals_safe_ones() -> None:
+    rows = [
+        {"label": 1.0, "violation": 1.0, "refused": 0.0},
+        {"label": 1.0, "violation": 0.0, "refused": 1.0},
+        {"label": 1.0, "violation": 0.0, "refused": 0.0},
+        {"label": 0.0, "violation": 1.0, "refused": 1.0},
+        {"label": 0.0, "violation": 0.0, "refused": 0.0},
+    ]
+    got = stats.estimate(["violation_rate", "false_refusal_rate"], rows, list("abcde"))
+    assert got["violation_rate"].value == pytest.approx(1 / 3)
+    assert got["false_refusal_rate"].value == pytest.approx(1 / 2)
+    only_safe = stats.estimate(["violation_rate"], rows[3:], list("de"))["violation_rate"]
+    assert np.isnan(only_safe.value)
+
+
+def test_rate_of_zero_is_as_sure_as_the_rows_that_it_counts() -> None:
+    """40 rows, 10 of them unsafe, no violation: the bound is that of 10 (exact binomial, 2.5 %)."""
+    rows = [{"label": float(i < 10), "violation": 0.0, "refused": 0.0} for i in range(40)]
+    got = stats.estimate(["violation_rate"], rows, [str(i) for i in range(40)])["violation_rate"]
+    assert (got.value, got.low) == (0.0, 0.0)
+    assert got.high == pytest.approx(1 - 0.025 ** (1 / 10))
