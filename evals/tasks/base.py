@@ -3,15 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from core_llm.chat import Message
 from core_llm.errors import UserError
 
-# What a model gave for one sample, as JSON: {"text"}, {"logprob", "tokens"}, {"probability", ...}.
+if TYPE_CHECKING:
+    from evals.models import Model
+
+# What a model gave for one sample, as JSON: {"text"}, {"logprob", "tokens"}, {"probability", ...}, or for
+# "choices" {"logprobs", "tokens"}, one number of each per choice.
 Output = dict[str, Any]
 Split = Literal["train", "dev", "all"]
-Ask = Literal["generate", "loglikelihood", "score", "bit-equal"]
+Ask = Literal["generate", "loglikelihood", "choices", "score", "bit-equal", "own"]
 
 
 class Unavailable(UserError):
@@ -30,7 +34,12 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One row. group: rows that share an image, a speaker or a context; kind: the slice for break-downs."""
+    """One row. group: rows that share an image, a speaker or a context; kind: the slice for break-downs.
+
+    choices: what can be answered, for "choices" (the target is one of them). answers: all answers that count,
+    where there are several. extra: what the judge or the task's own way of asking needs besides; it is neither
+    recorded nor part of a record's key, so `id` must change when it does.
+    """
 
     id: str
     group: str
@@ -39,6 +48,9 @@ class Sample:
     kind: str = ""
     label: int = 0
     note: str = ""  # what the report shows beside the media, e.g. the text that is spoken
+    choices: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    extra: Any = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,12 @@ class Control:
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to measure. The first metric is the headline; `needs` names the adapters or the guard."""
+    """One thing to measure. The first metric is the headline; `needs` names the adapters or the guard.
+
+    citation: the paper that the rows come from. prompt_format: what the model is shown, `{}` where a field
+    of the row goes. fewshot: number of solved examples before the question. asks: for ask="own", how a batch is
+    put to the model. extra: the optional dependency that it needs, as in `pip install "llama-herd[EXTRA]"`.
+    """
 
     name: str
     title: str
@@ -80,6 +97,11 @@ class Task:
     version: int = 1
     bundled: bool = False  # needs neither a data root nor the hub
     extras: Callable[[Sequence[Sample], Sequence[Output]], dict[str, float]] | None = field(default=None)
+    citation: str = ""
+    prompt_format: str = ""
+    fewshot: int = 0
+    asks: "Callable[[Model, Sequence[Sample]], list[Output]] | None" = field(default=None)
+    extra: str = ""
 
     @property
     def headline(self) -> str:

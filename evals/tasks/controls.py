@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from core_llm.chat import Message, Part
 from core_llm.digests import part_digest
@@ -53,7 +54,7 @@ def replaced(sample: Sample, kind: type, new: Part) -> Sample:
 
 def with_messages(sample: Sample, messages: tuple[Message, ...]) -> Sample:
     """The sample, asked differently."""
-    return Sample(sample.id, sample.group, messages, sample.target, sample.kind, sample.label, sample.note)
+    return replace(sample, messages=messages)
 
 
 def _majority(samples: Sequence[Sample], options: Options) -> list[Output]:
