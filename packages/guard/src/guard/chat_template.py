@@ -192,8 +192,10 @@ class ChatTemplate:
                 units, buffer = [*units, *self.tokenizer.encode(buffer)], ""
                 units.append(next(waiting) if piece == "<|image|>" else self._special(piece))
                 continue
-            content: Sequence[str | Part] = (piece,)
-            if not isinstance(piece, str):
+            content: Sequence[str | Part]
+            if isinstance(piece, str):
+                content = (piece,)
+            else:
                 content = (rules or "",) if piece.name == "p" else self._trimmed(told[int(piece.name)])
             for part in content:
                 if isinstance(part, str):
@@ -311,8 +313,10 @@ def _turns(messages: Sequence[Message]) -> list[_Turn]:
     for message in messages:
         role = "assistant" if message.role == "assistant" else "user"
         found = contents(message)
-        pieces = tuple(_clean(p) if isinstance(p, str) else p for p in found if not isinstance(p, Image))
-        images = tuple(piece for piece in found if isinstance(piece, Image))
+        pieces: tuple[str | Part, ...] = tuple(
+            _clean(p) if isinstance(p, str) else p for p in found if not isinstance(p, Image)
+        )
+        images: tuple[Part, ...] = tuple(piece for piece in found if isinstance(piece, Image))
         unknown = [p for p in pieces if not isinstance(p, (str, Audio))]
         if unknown:
             raise UserError(f"a guard judges text, images and audio, not {type(unknown[0]).__name__.lower()}")
