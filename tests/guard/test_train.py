@@ -9,13 +9,15 @@ from core_llm.chat import Message
 from core_llm.data.sources import Row
 from core_llm.train.fit import FitConfig
 from guard import examples
+from guard.batches import Epochs, collate, encode
 from guard.examples import Example
 from guard.guard import Guard
 from guard.policy import Policy
+from guard.tasks import Recipe, VerdictTask, language_loss
 from guard.taxonomy import CATEGORIES
 from guard.teacher import baseline_scores, out_of_fold
 from guard.templates import FRAMES, HARMFUL, HARMLESS, REFUSALS
-from guard.train import Epochs, Recipe, VerdictTask, collate, encode, fine_tune, language_loss
+from guard.train import fine_tune
 
 POLICY = Policy(brief=True, window=32, context=32)
 

@@ -1,10 +1,9 @@
 """The model card that a training run writes beside its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from core_llm.data.sources import SOURCES
-from guard.examples import MIXTURE
-from guard.taxonomy import CATEGORIES
+from guard.data_card import SetCard
+from guard.policy import Policy
 
 _TEXT = """# Guard
 
@@ -15,8 +14,7 @@ hazards. The score is P(unsafe) / (P(safe) + P(unsafe)) at the first token of th
 
     {command}
 
-First next-token prediction on the conversations, then verdicts with targets between the label and the
-out-of-fold opinion of a TF-IDF regression; the saved weights are a moving average.
+{method}
 
 ## Scores on held-out rows
 
@@ -37,26 +35,43 @@ training rows; the base rate is what a coin would get.
 |---|---|---|
 {sources}
 
-And requests that the project generates: the same sentences around harmless and harmful aims.
+What was left out of them and how many rows of each category there were: [data.md](data.md).
 
 ## Limits
 
 It has learnt which words and turns of phrase people marked as unsafe in these English sets; it has little
-knowledge of the world, reads no images, and is no protection by itself. The rules are not in its prompt:
-other categories than these need a training run.
+knowledge of the world, reads no images, and is no protection by itself. {rules}
 """
 
+_LABELS = """First next-token prediction on the conversations, then verdicts with targets between the label
+and the out-of-fold opinion of a TF-IDF regression; the saved weights are a moving average."""
+_RULES = """Verdicts under rules that change from one showing to the next: categories left out, codes
+exchanged and renumbered, names reworded, custom categories added. Only the answer is in the loss."""
+_TAUGHT = (
+    """Distilled: P(unsafe) and the probabilities of the categories of a larger guard, not the labels."""
+)
+_FIXED = """The rules are not in its prompt:
+other categories than these need a training run."""
+_READ = """It reads its rules, but
+has seen few besides these: measure other categories before you rely on them."""
 
-def write(command: str, figures: Mapping[str, float]) -> str:
-    """The card as Markdown; figures are those of `train.train`."""
+
+def write(
+    command: str, figures: Mapping[str, float], cards: Sequence[SetCard], policy: Policy, taught: bool = False
+) -> str:
+    """The card as Markdown; figures are those of `train.fine_tune` and `train.all_baselines`."""
     names = [key.removeprefix("auprc_") for key in figures if key.startswith("auprc_")]
     scores = "\n".join(
         f"| {name} | {figures[f'rows_{name}']:.0f} | {figures[f'base_rate_{name}']:.3f} "
         f"| {figures[f'tfidf_{name}']:.3f} | {figures[f'auprc_{name}']:.3f} |"
         for name in names
+        if f"rows_{name}" in figures
     )
-    sources = "\n".join(
-        f"| {SOURCES[name].title} | {SOURCES[name].licence} | {SOURCES[name].homepage} |" for name in MIXTURE
+    return _TEXT.format(
+        command=command,
+        method=_TAUGHT if taught else _LABELS if policy.brief else _RULES,
+        rules=_FIXED if policy.brief else _READ,
+        scores=scores,
+        sources="\n".join(f"| {card.title} | {card.licence} | {card.source} |" for card in cards),
+        categories="\n".join(f"- {code}: {rule.name}" for code, rule in policy.categories.items()),
     )
-    categories = "\n".join(f"- {code}: {name}" for code, name in CATEGORIES.items())
-    return _TEXT.format(command=command, scores=scores, sources=sources, categories=categories)

@@ -1,55 +1,16 @@
 """`guard`: train a guard, judge texts, serve the moderation API."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from core_llm import cli_tools
 from guard.cli_evaluate import evaluate
+from guard.cli_train import prune, train
 
 if TYPE_CHECKING:
     from core_llm.chat import Message
     from guard.guard import Verdict
-
-
-def train(
-    out: Path,
-    core: str = "nano",
-    data_root: Path | None = None,
-    steps: int = 700,
-    language_steps: int = 250,
-    lr: float = 1e-3,
-    seed: int = 0,
-    resume: bool = True,
-) -> None:
-    """Fine-tune a copy of a core on the safety sets; the same command continues an interrupted run.
-
-    Args:
-        out: Folder for the guard, metrics and the resumable state.
-        core: The core to start from: nano, or a folder with a checkpoint.
-        data_root: Folder with local copies of the public datasets; without it they come from the hub.
-        steps: Optimizer steps of the verdict stage.
-        language_steps: Steps of next-token prediction on the same conversations before it.
-        lr: Peak learning rate of the verdict stage.
-        seed: Seed of the data order and of dropout.
-        resume: Continue from the state in --out if there is one.
-    """
-    from core_llm.checkpoint import load_core
-    from core_llm.train.fit import FitConfig
-    from guard import card
-    from guard.train import Recipe
-    from guard.train import train as fine_tune
-
-    settings = FitConfig(out / "state", steps=steps, lr=lr, seed=seed, resume=resume, save_every=50)
-    recipe = Recipe(language_steps=language_steps, seed=seed)
-    guard, figures = fine_tune(*load_core(core), data_root, settings, recipe)
-    start = core if core == "nano" else "DIR"
-    flags = f"--steps {steps} --language-steps {language_steps} --lr {lr} --seed {seed}"
-    guard.save(out, card.write(f"guard train --core {start} {flags} --out DIR", figures))
-    for name, value in figures.items():
-        print(f"{name}: {value:.4f}")
-    print(f"guard saved in {out}")
 
 
 def classify(
@@ -148,5 +109,5 @@ def main() -> None:
     cli_tools.run(
         "guard",
         "A safety guard on a Llama core: train it, judge texts, serve the moderation API.",
-        {"train": train, "classify": classify, "evaluate": evaluate, "serve": serve},
+        {"train": train, "prune": prune, "classify": classify, "evaluate": evaluate, "serve": serve},
     )

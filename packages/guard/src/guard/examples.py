@@ -1,8 +1,8 @@
 """Training conversations of the guard out of the safety sets, each with a target and a category."""
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,13 +19,26 @@ class Example:
     """A conversation with what is known about its last message.
 
     unsafe: the label. target: P(unsafe) to learn, between the label and a teacher's opinion. code: the
-    category of an unsafe message, None where unknown.
+    category of an unsafe message, None where unknown. more: its other categories. opinion: a larger guard's
+    probability of each category, which add up to its P(unsafe).
     """
 
     messages: tuple[Message, ...]
     unsafe: bool
     target: float
     code: str | None = None
+    more: tuple[str, ...] = ()
+    opinion: Mapping[str, float] | None = field(default=None, compare=False)
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """All categories that are known."""
+        return () if self.code is None else (self.code, *self.more)
+
+    @property
+    def context(self) -> str:
+        """What was said before the judged message; the message itself where nothing was."""
+        return "\n".join(m.text for m in self.messages[:-1]) or self.messages[-1].text
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -53,7 +66,8 @@ def openai_moderation(rows: Sequence[Row]) -> list[Example]:
     for row in rows:
         codes = [taxonomy.OPENAI_MODERATION[key] for key, value in row.fields["labels"].items() if value == 1]
         # The more special label comes last in the set (S3 and not S, H2 and not H).
-        found.append(_prompt(row.fields["prompt"], bool(row.fields["label"]), codes[-1] if codes else None))
+        made = _prompt(row.fields["prompt"], bool(row.fields["label"]), codes[-1] if codes else None)
+        found.append(replace(made, more=tuple(dict.fromkeys(c for c in codes if c != made.code))))
     return found
 
 
@@ -143,6 +157,6 @@ def taught(examples: Sequence[Example], weight: float) -> list[Example]:
         return list(examples)
     opinions = out_of_fold([e.pair for e in examples], [int(e.unsafe) for e in examples])
     return [
-        Example(e.messages, e.unsafe, (1 - weight) * e.unsafe + weight * float(opinion), e.code)
+        replace(e, target=(1 - weight) * e.unsafe + weight * float(opinion))
         for e, opinion in zip(examples, opinions, strict=True)
     ]

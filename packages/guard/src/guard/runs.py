@@ -1,0 +1,184 @@
+"""What `guard train` and `guard prune` do, with the settings of their flags (see `cli_train`)."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from core_llm.checkpoint import load_core
+from core_llm.devices import chosen_device
+from core_llm.errors import UserError
+from core_llm.lora import ALL_LINEAR, LoRA, LoRAConfig
+from core_llm.train.fit import FitConfig
+from guard import card, data_card, stored
+from guard.compress import Compression, compress, report, write_report
+from guard.distillation import Distillation, with_opinions
+from guard.guard import Guard
+from guard.policy import Policy
+from guard.pruning import check
+from guard.tasks import Recipe
+from guard.train import DataConfig, TrainingData, all_baselines, fine_tune, load_data
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """A guard out of a core."""
+
+    out: Path
+    core: str
+    data_root: Path | None
+    sets: tuple[str, ...]
+    data: tuple[Path, ...]
+    held_out: float
+    near_duplicates: float
+    policy: Path | None
+    rules: bool
+    lora_rank: int
+    keep_apart: bool
+    teacher: str | None
+    temperature: float
+    steps: int
+    language_steps: int | None
+    lr: float
+    batch: int
+    seed: int
+    device: Literal["auto", "cpu", "cuda"]
+    resume: bool
+
+    def __post_init__(self) -> None:
+        if self.keep_apart and not self.lora_rank:
+            raise UserError("--keep-apart is for low-rank updates: give --lora-rank too")
+        if min(self.steps, self.batch) < 1 or self.lr <= 0:
+            raise UserError("--steps, --batch and --lr must be positive")
+        if (self.language_steps or 0) < 0 or self.lora_rank < 0:
+            raise UserError("--language-steps and --lora-rank must not be negative")
+
+    @property
+    def _reading(self) -> int:
+        """Steps of the language stage."""
+        if self.language_steps is None:
+            return 0 if self.rules or self.lora_rank else 250
+        return self.language_steps
+
+    def _recipe(self) -> Recipe:
+        values = {"language_steps": self._reading, "batch": self.batch, "seed": self.seed}
+        return Recipe.for_rules(**values) if self.rules else Recipe(**values)  # type: ignore[arg-type]
+
+    def run(self) -> None:
+        """Train, save, print."""
+        where = chosen_device(self.device)
+        policy = replace(Policy() if self.policy is None else Policy.read(self.policy), brief=not self.rules)
+        core, tokenizer = load_core(self.core, mapped=False)
+        recipe = self._recipe()
+        # Either the regression's opinion or the larger guard's.
+        weight = 0.0 if self.teacher else recipe.teacher_weight
+        data = _data(self, weight, policy)
+        parts = data.all_parts
+        distil = None
+        if self.teacher is not None:
+            distil = Distillation(self.temperature)
+            teacher = Guard.load(self.teacher)
+            teacher.core.to(where)
+            cache = self.out / "state" / "opinions.jsonl"
+            parts = [(with_opinions(teacher, rows, cache), n) for rows, n in parts]
+            del teacher
+        core.to(where)
+        lora = None
+        if self.lora_rank:
+            lora = LoRA(core, LoRAConfig(self.lora_rank, 2.0 * self.lora_rank, targets=ALL_LINEAR), self.seed)
+        settings = FitConfig(
+            self.out / "state", self.steps, self.lr, seed=self.seed, resume=self.resume, save_every=50
+        )
+        guard, figures = fine_tune(
+            core, tokenizer, parts, data.held_out, settings, recipe, policy, lora, distil
+        )
+        self._save(guard, lora, data, figures | all_baselines(data))
+
+    def _save(self, guard: Guard, lora: LoRA | None, data: TrainingData, figures: dict[str, float]) -> None:
+        text = card.write(self._command(), figures, data.cards, guard.policy, self.teacher is not None)
+        if lora is not None and self.keep_apart:
+            settings = guard.prompter.settings()
+            stored.save_apart(self.out, lora, self.core, guard.tokenizer, settings, text)
+        else:
+            if lora is not None:
+                lora.merge()
+            guard.save(self.out, text)
+        data_card.write(self.out, data.cards, self.near_duplicates or None)
+        for name, value in figures.items():
+            print(f"{name}: {value:.4f}")
+        print(f"guard saved in {self.out}")
+
+    def _command(self) -> str:
+        """The command line, without the places of files."""
+        parts = ["guard train --core", self.core if self.core == "nano" else "DIR"]
+        parts += [f"--steps {self.steps} --language-steps {self._reading} --lr {self.lr}"]
+        parts += [f"--batch {self.batch}", f"--seed {self.seed}"]
+        parts += ["--rules"] * self.rules + [f"--lora-rank {self.lora_rank}"] * bool(self.lora_rank)
+        parts += ["--data FILE"] * len(self.data) + ["--policy FILE"] * bool(self.policy)
+        parts += [f"--teacher DIR --temperature {self.temperature}"] * bool(self.teacher)
+        return " ".join([*parts, "--out DIR"])
+
+
+@dataclass(frozen=True)
+class PruneRun:
+    """A smaller guard out of a guard."""
+
+    model: str
+    out: Path
+    layers: int | None
+    ffn: int | None
+    head: Literal["full", "verdict"]
+    quantize: Literal["none", "int8", "int4"]
+    qat: bool
+    data_root: Path | None
+    sets: tuple[str, ...]
+    data: tuple[Path, ...]
+    held_out: float
+    near_duplicates: float
+    rows: int
+    steps: int
+    lr: float
+    batch: int
+    temperature: float
+    seed: int
+    device: Literal["auto", "cpu", "cuda"]
+    resume: bool
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.lr <= 0:
+            raise UserError("--steps must not be negative, and --lr positive")
+
+    def run(self) -> None:
+        """Prune, heal, quantise, save, print."""
+        scheme = None if self.quantize == "none" else self.quantize
+        settings = Compression(
+            self.layers, self.ffn, self.head == "verdict", scheme, self.qat, self.rows, self.batch,
+            seed=self.seed, distillation=Distillation(self.temperature),
+        )  # fmt: skip
+        where = chosen_device(self.device)
+        guard = Guard.load(self.model)
+        check(guard.core, self.layers, self.ffn, scheme)  # before the data is read
+        data = _data(self, 0.0, guard.policy)
+        guard.core.to(where)
+        config = FitConfig(
+            self.out / "state", self.steps, self.lr, warmup=20, seed=self.seed, resume=self.resume,
+            save_every=50,
+        )  # fmt: skip
+        small, stages = compress(guard, data.all_parts, data.held_out, config, settings)
+        small.core.to("cpu")
+        table = report(stages)
+        small.save(
+            self.out, f"# A smaller guard\n\nMade of {Path(self.model).name} by `guard prune`.\n\n{table}"
+        )
+        write_report(self.out, stages)
+        data_card.write(self.out, data.cards, self.near_duplicates or None)
+        print(table)
+        print(f"guard saved in {self.out}")
+
+
+def _data(run: TrainRun | PruneRun, teacher_weight: float, policy: Policy) -> TrainingData:
+    if not 0 <= run.held_out < 1:
+        raise UserError(f"--held-out must be in [0, 1), got {run.held_out}")
+    chosen = DataConfig(
+        run.data_root, run.sets, run.data, run.near_duplicates, run.held_out, teacher_weight, run.seed
+    )
+    return load_data(chosen, policy)
