@@ -1,19 +1,22 @@
-"""Models by name or folder, and the three batched calls that the harness makes on them.
+"""Models by name, folder or address, and the batched calls that the harness makes on them.
 
-A model folder holds core/, and, where the model has them, vision_adapter/, speech_adapter/ and guard/.
+A model of the project's own is a folder with core/, and, where it has them, vision_adapter/,
+speech_adapter/ and guard/; or a checkpoint of a Llama core, or of a guard, as it is.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from core_llm.chat import Message
 from core_llm.digests import code_digest, folder_digest
 from core_llm.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from core_llm.adapters import Assistant
     from guard import Guard, Verdict
 
@@ -21,11 +24,104 @@ NAMES = ("nano",)
 # What a model may have besides the core: capability -> import package and sub-folder.
 PARTS: Mapping[str, str] = {"image": "vision_adapter", "audio": "speech_adapter", "guard": "guard"}
 _MISSING = {"image": "has no vision adapter", "audio": "has no speech adapter", "guard": "has no guard"}
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Model(Protocol):
+    """A model under test. Conversations come in batches; the answers stand in their order.
+
+    name: as the user gave it. quantization: the scheme of `core_llm.quantize`, or None. A call that the model
+    cannot answer is refused by `require` before any work.
+    """
+
+    name: str
+    quantization: str | None
+
+    @property
+    def part_hashes(self) -> Mapping[str, str]:
+        """SHA-256 of each part's files or weights; what a server hides is left out."""
+        ...
+
+    def require(self, needs: Sequence[str], task: str) -> None:
+        """Raise `UserError`, one line that says what to do, unless the model has "core", "image", ..."""
+        ...
+
+    def fingerprint(self, needs: Sequence[str]) -> str:
+        """SHA-256 over all that decides the answers: weights, settings, code."""
+        ...
+
+    def generate(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> list[str]:
+        """Greedy answers."""
+        ...
+
+    def loglikelihood(
+        self, conversations: Sequence[Sequence[Message]], answers: Sequence[str]
+    ) -> list[tuple[float, int]]:
+        """log p(answer, end of turn | conversation) in nats, and the number of tokens it covers."""
+        ...
+
+    def score(self, conversations: Sequence[Sequence[Message]]) -> "list[Verdict]":
+        """The guard's verdict on the last message of each conversation."""
+        ...
+
+
+class Speaks:
+    """What a model that only answers in words says to the other two calls."""
+
+    name: str
+
+    def loglikelihood(
+        self, conversations: Sequence[Sequence[Message]], answers: Sequence[str]
+    ) -> list[tuple[float, int]]:
+        """Refused with `UserError`."""
+        raise UserError(f"model '{self.name}' tells no log-likelihoods; take a task that lets it answer")
+
+    def score(self, conversations: Sequence[Sequence[Message]]) -> "list[Verdict]":
+        """Refused with `UserError`."""
+        raise UserError(f"model '{self.name}' is no guard; add one with --guard nano")
+
+
+@runtime_checkable
+class TokenModel(Protocol):
+    """The raw side of a model that runs here: token ids, no chat format. For `lm_eval` and memorisation.
+
+    begin: the id that opens a text, or None where the tokenizer puts none; end: the id that closes one.
+    context: the number of positions.
+    """
+
+    @property
+    def begin(self) -> int | None: ...
+
+    @property
+    def end(self) -> int: ...
+
+    @property
+    def context(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without `begin`."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        ...
+
+    def continuations(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+        """log p(continuation | context) in nats of each (context, continuation), and whether greedy decoding
+        would have said it. A context must hold one id at least."""
+        ...
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> list[str]:
+        """Greedy continuations, cut before the first of the stop strings."""
+        ...
 
 
 def folders(where: str | Path) -> dict[str, Path]:
     """Existing weight folders by capability ("core", "image", "audio", "guard").
 
+    A hub id is downloaded. Two capabilities in one folder are one checkpoint (a released vision model).
     Raises `UserError` for an unknown name and `CheckpointError` for a folder without any part of a model.
     """
     if str(where) in NAMES:
@@ -33,18 +129,56 @@ def folders(where: str | Path) -> dict[str, Path]:
 
         places = {"core": Path(core_llm.__file__).parent / "nano"}
         places |= {kind: _package_folder(name) for kind, name in PARTS.items()}
-    else:
-        root = Path(where)
-        if not root.is_dir():
-            raise UserError(
-                f"unknown model '{where}'; known: {', '.join(NAMES)}, a model's folder, or whisper:NAME"
-            )
-        places = {"core": root / "core"} | {kind: root / name for kind, name in PARTS.items()}
+        return {kind: path for kind, path in places.items() if (path / "config.json").exists()}
+    root = _root(where)
+    places = {"core": root / "core"} | {kind: root / name for kind, name in PARTS.items()}
     found = {kind: path for kind, path in places.items() if (path / "config.json").exists()}
+    found = found or _one_checkpoint(root)
     if not found:
         wanted = ", ".join(f"{path.name}/" for path in places.values())
-        raise CheckpointError(f"{where}: no model here; expected sub-folders {wanted} with a config.json")
+        raise CheckpointError(
+            f"{where}: no model here; expected sub-folders {wanted} with a config.json, or a checkpoint"
+        )
     return found
+
+
+def _root(where: str | Path) -> Path:
+    from core_llm.hub import find_model
+
+    try:
+        return find_model(where, Path())
+    except CheckpointError as error:
+        if "unknown model" not in str(error):
+            raise
+        raise UserError(
+            f"unknown model '{where}'; known: {', '.join(NAMES)}, a model's folder, a hub id such as "
+            "meta-llama/Llama-3.2-1B, whisper:NAME, hf:ID and openai:URL"
+        ) from None
+
+
+def _one_checkpoint(root: Path) -> dict[str, Path]:
+    """What a folder is that holds a checkpoint itself, in either layout."""
+    if (root / "guard.json").is_file():
+        return {"guard": root}
+    if (root / "config.json").is_file():
+        from core_llm.checkpoint import read_config
+
+        kinds = ["core"]
+        if read_config(root).get("model_type") == "mllama":
+            kinds.append("image")
+        if _asks_for_verdicts(root):
+            kinds.append("guard")
+        return dict.fromkeys(kinds, root)
+    original = any((place / "params.json").is_file() for place in (root, root / "original"))
+    return {"core": root} if original else {}
+
+
+def _asks_for_verdicts(root: Path) -> bool:
+    """Whether a checkpoint's chat template is a released guard's: it says how to answer."""
+    from guard.released import find_template
+
+    template = find_template(root)
+    return template is not None and "unsafe" in template[0]
 
 
 def _package_folder(package: str) -> Path:
@@ -55,14 +189,35 @@ def _package_folder(package: str) -> Path:
     return Path(spec.origin).parent / "nano"
 
 
-def open_subject(where: str | Path, quantization: str | None = None) -> "Subject":
-    """A model under test: the project's own by name or folder, or a peer such as "whisper:tiny.en"."""
+def open_model(
+    spec: str | Path,
+    *,
+    quantization: str | None = None,
+    guard: str | None = None,
+    guard_on: Sequence[str] = (),
+    device: Device = "auto",
+) -> Model:
+    """A model under test, its weights not yet read.
+
+    spec: nano, a folder, a hub id of a Llama, or whisper:NAME. guard: "nano", a folder or a hub id; what is
+    asked and said then passes through it, on the sides that `guard_on` names ("input", "output"; both where
+    it names none).
+    Raises `UserError` for an unknown name, and `CheckpointError` for a folder without a model.
+    """
     from evals.peers import WHISPER, WhisperSubject
 
-    if str(where).startswith(WHISPER):
-        # It has what the tasks that it takes call; `require` refuses the others.
-        return cast("Subject", WhisperSubject(str(where), quantization))
-    return Subject(where, quantization)
+    if guard_on and guard is None:
+        raise UserError("--guard-on says where a guard checks, and there is none; add --guard nano")
+    model: Model
+    if str(spec).startswith(WHISPER):
+        model = WhisperSubject(str(spec), quantization)
+    else:
+        model = Subject(spec, quantization, device)
+    if guard is None:
+        return model
+    from evals.models_guarded import GuardedModel
+
+    return GuardedModel(model, guard, guard_on)
 
 
 def load_assistant(where: str | Path = "nano") -> "Assistant":
@@ -82,9 +237,11 @@ class Subject:
     have checked that it is theirs. The guard has a core of its own, which stays as it is.
     """
 
-    def __init__(self, where: str | Path = "nano", quantization: str | None = None) -> None:
+    def __init__(
+        self, where: str | Path = "nano", quantization: str | None = None, device: Device = "auto"
+    ) -> None:
         self.name = str(where)
-        self.quantization = quantization
+        self.quantization, self.device = quantization, device
         self._folders = folders(where)
 
     def require(self, needs: Sequence[str], task: str) -> None:
@@ -103,9 +260,16 @@ class Subject:
 
         if "core" not in self._folders:
             raise UserError(f"model '{self.name}' has no core")
-        core, tokenizer = load_core(self._folders["core"])
         adapters: list[Any] = []
-        if "image" in self._folders:
+        if self._folders["core"] == self._folders.get("image"):
+            from vision_adapter.mllama_checkpoint import load_fused
+
+            core, tokenizer, adapter = load_fused(self._folders["core"], self._dtype)
+            adapters.append(adapter.to(self._place))
+        else:
+            core, tokenizer = load_core(self._folders["core"], self._dtype)
+        core.to(self._place)
+        if "image" in self._folders and not adapters:
             import vision_adapter
 
             adapters.append(vision_adapter.load(self._folders["image"], core))
@@ -118,6 +282,19 @@ class Subject:
                 lora.merge()  # quantised layers take none
             self._quantize(core)
         return Assistant(core, tokenizer, adapters)
+
+    @cached_property
+    def _place(self) -> "torch.device":
+        from core_llm.devices import chosen_device
+
+        return chosen_device(self.device)
+
+    @property
+    def _dtype(self) -> Any:
+        """fp32 on a CPU, where it is what the results of the bundled model were measured in."""
+        import torch
+
+        return torch.float32 if self._place.type == "cpu" else "auto"
 
     def _quantize(self, core: Any) -> None:
         from core_llm.quantize import pack, quantize
@@ -143,8 +320,8 @@ class Subject:
         if _updates(self.assistant.adapters):
             from core_llm.checkpoint import load_core
 
-            core, _ = load_core(self._folders["core"])
-            self._quantize(core)
+            core, _ = load_core(self._folders["core"], self._dtype)
+            self._quantize(core.to(self._place))
         return Assistant(core, self.assistant.tokenizer)
 
     def generate(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> list[str]:
@@ -168,7 +345,7 @@ class Subject:
     def fingerprint(self, needs: Sequence[str]) -> str:
         """SHA-256 over the files of the parts in use, the quantisation, and the code that runs them."""
         kinds = [kind for kind in ("core", *PARTS) if kind in needs and kind in self._folders]
-        digest = hashlib.sha256(_code_digest().encode())
+        digest = hashlib.sha256(code_of_models().encode())
         for kind in kinds:
             digest.update(f"{kind}:{self.part_hashes[kind]}".encode())
         if self.quantization:
@@ -186,8 +363,9 @@ def _updates(adapters: Sequence[Any]) -> list[Any]:
     return [a.lora for a in adapters if getattr(a, "lora", None) is not None]
 
 
-def _code_digest() -> str:
-    """Of the packages that turn weights into answers: a record made by other code is not reused."""
+@lru_cache(maxsize=1)
+def code_of_models() -> str:
+    """SHA-256 of the packages that turn weights into answers: a record made by other code is not reused."""
     import core_llm
 
     packages = (_package_folder(name).parent for name in PARTS.values())

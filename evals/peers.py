@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from core_llm.chat import Audio, Message
 from core_llm.errors import UserError
+from evals.models import Speaks
 
 if TYPE_CHECKING:
     from whisper import Whisper
@@ -17,8 +18,8 @@ _SAMPLE_RATE = 16_000
 _WINDOW = 30 * _SAMPLE_RATE
 
 
-class WhisperSubject:
-    """openai-whisper under test, with the calls of `evals.models.Subject` that a transcription needs.
+class WhisperSubject(Speaks):
+    """openai-whisper under test, as a `evals.models.Model` that transcribes.
 
     It is told that the speech is English, as the project's own prompt says. Greedy decoding.
     """
@@ -27,7 +28,7 @@ class WhisperSubject:
         if quantization:
             raise UserError("--quantize is for the core of the project's own models; leave it out")
         self.name = where
-        self.quantization = None
+        self.quantization: str | None = None
 
     @cached_property
     def whisper(self) -> "Whisper":

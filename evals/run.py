@@ -8,7 +8,7 @@ from core_llm import provenance
 from core_llm.errors import UserError
 from core_llm.files import check_writable
 from evals import results, scorecard
-from evals.models import open_subject
+from evals.models import open_model
 from evals.runner import Evaluation, evaluate
 from evals.tasks.base import Options, Task, Unavailable
 
@@ -21,6 +21,8 @@ def run_tasks(
     output: Path | None = None,
     report: Path | None = None,
     quantization: str | None = None,
+    guard: str | None = None,
+    guard_on: Sequence[str] = (),
 ) -> Path | None:
     """Evaluate, print the scorecard, write what was asked for; returns the path of the report.
 
@@ -37,10 +39,10 @@ def run_tasks(
     for path in (output, report / "index.html" if report else None):
         if path is not None:
             check_writable(path)
-    subject = open_subject(model, quantization)
+    subject = open_model(model, quantization=quantization, guard=guard, guard_on=guard_on)
     for task in tasks:
         subject.require(task.needs, task.name)
-    shared = provenance.collect(model, subject.part_hashes, options.seed, quantization)
+    shared = provenance.collect(model, dict(subject.part_hashes), options.seed, quantization)
     evaluations: list[Evaluation] = []
     entries: list[results.Entry] = []
     for task in tasks:

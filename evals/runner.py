@@ -11,9 +11,9 @@ from typing import Any
 from core_llm import stats
 from core_llm.chat import Audio, Image, Text
 from core_llm.digests import conversation_digest
-from core_llm.errors import DataError
+from core_llm.errors import DataError, UserError
 from evals import records
-from evals.models import Subject
+from evals.models import Model, Subject
 from evals.tasks import data
 from evals.tasks.base import Control, Options, Output, Sample, Task
 
@@ -72,7 +72,7 @@ def metrics_json(estimates: dict[str, stats.Estimate]) -> dict[str, Any]:
     }
 
 
-def evaluate(task: Task, subject: Subject, options: Options, folder: Path) -> Evaluation:
+def evaluate(task: Task, subject: Model, options: Options, folder: Path) -> Evaluation:
     """Run one task with its controls; what `folder` already holds is not asked again."""
     started = time.perf_counter()
     samples = task.load(options)
@@ -163,7 +163,7 @@ def _control(
 class _Asked:
     """Asks the model for what the store does not have yet."""
 
-    def __init__(self, task: Task, subject: Subject, store: records.RecordStore) -> None:
+    def __init__(self, task: Task, subject: Model, store: records.RecordStore) -> None:
         self.task, self.subject, self.store = task, subject, store
         needs = ("core", "image", "audio") if task.ask == "bit-equal" else task.needs
         self.checkpoint = subject.fingerprint(needs)
@@ -212,7 +212,7 @@ def _seconds(part: Audio) -> int:
     return size // 16_000
 
 
-def ask(task: Task, subject: Subject, samples: Sequence[Sample]) -> list[Output]:
+def ask(task: Task, subject: Model, samples: Sequence[Sample]) -> list[Output]:
     """One batch through the model."""
     conversations = [sample.messages for sample in samples]
     if task.ask == "generate":
@@ -232,7 +232,7 @@ def ask(task: Task, subject: Subject, samples: Sequence[Sample]) -> list[Output]
     return _bit_equal(subject, samples)
 
 
-def _bit_equal(subject: Subject, samples: Sequence[Sample]) -> list[Output]:
+def _bit_equal(subject: Model, samples: Sequence[Sample]) -> list[Output]:
     """Logits of the bare core against those with adapters, on the very same batch shape.
 
     The shape matters: matrix products of other sizes may sum in another order, with or without
@@ -242,6 +242,9 @@ def _bit_equal(subject: Subject, samples: Sequence[Sample]) -> list[Output]:
 
     from core_llm.generate import Request, hidden_states
     from evals.tasks.regression import companions
+
+    if not isinstance(subject, Subject):
+        raise UserError(f"model '{subject.name}' has no bare core to compare with; leave out text-regression")
 
     outputs: dict[int, Output] = {}
     kinds = [adapter.part for adapter in subject.assistant.adapters]

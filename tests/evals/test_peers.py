@@ -10,7 +10,7 @@ import torch
 from core_llm.chat import Audio, Message, Text
 from core_llm.errors import UserError
 from evals import run, runner
-from evals.models import open_subject
+from evals.models import open_model
 from evals.tasks import Options, find, registry
 from evals.tasks.speech import TRANSCRIPT_METRICS
 
@@ -34,7 +34,7 @@ def spoken(seconds: float, rate: int = 16_000) -> list[Message]:
 def test_answers_are_openai_whispers_own(checkpoint: str) -> None:
     import whisper
 
-    subject = open_subject(checkpoint)
+    subject = open_model(checkpoint)
     conversations = [spoken(0.5), spoken(2.0, 8_000), spoken(1.0)]
     answers = subject.generate(conversations, max_new_tokens=16)
     model = whisper.load_model(checkpoint.removeprefix("whisper:"), device="cpu")
@@ -47,7 +47,7 @@ def test_answers_are_openai_whispers_own(checkpoint: str) -> None:
 
 
 def test_a_clip_of_more_than_thirty_seconds_is_transcribed_in_windows(checkpoint: str) -> None:
-    subject = open_subject(checkpoint)
+    subject = open_model(checkpoint)
     short, long = spoken(0.5), spoken(31.0)
     answers = subject.generate([long, short], max_new_tokens=16)
     assert len(answers) == 2 and answers[1] == subject.generate([short], 16)[0]
@@ -55,10 +55,10 @@ def test_a_clip_of_more_than_thirty_seconds_is_transcribed_in_windows(checkpoint
 
 def test_a_speech_task_runs_on_whisper_and_is_resumed(checkpoint: str, tmp_path: Path) -> None:
     task = registry()["spoken-digits"]
-    done = runner.evaluate(task, open_subject(checkpoint), Options(limit=2), tmp_path)
+    done = runner.evaluate(task, open_model(checkpoint), Options(limit=2), tmp_path)
     assert set(done.scored.estimates) == set(TRANSCRIPT_METRICS)
     assert done.scored.estimates["wer"].value > 0
-    again = runner.evaluate(task, open_subject(checkpoint), Options(limit=2), tmp_path)
+    again = runner.evaluate(task, open_model(checkpoint), Options(limit=2), tmp_path)
     assert again.reused > 0 and again.outputs == done.outputs
 
 
@@ -66,7 +66,7 @@ def test_other_tasks_and_quantisation_are_refused(checkpoint: str, tmp_path: Pat
     with pytest.raises(UserError, match="only transcribes"):
         run.run_tasks(find(["spoken-scenes"]), checkpoint, Options(limit=1), tmp_path / "records")
     with pytest.raises(UserError, match="--quantize"):
-        open_subject(checkpoint, "int8")
+        open_model(checkpoint, quantization="int8")
     assert not (tmp_path / "records").exists()
 
 

@@ -22,7 +22,7 @@ from evals.tasks import Options, find
 def written(fake: Any, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with results.json and a report of three tasks, answered by the stand-in."""
     monkeypatch.setattr(
-        run, "open_subject", lambda name, quantization: fake(lambda m: "yes", lambda m: len(m[-1].text) / 40)
+        run, "open_model", lambda spec, **_: fake(lambda m: "yes", lambda m: len(m[-1].text) / 40)
     )
     tasks = find(["easy-vqa", "fsdd", "guard-diasafety"])
     run.run_tasks(
@@ -80,7 +80,7 @@ def test_unwritable_output_is_refused_before_any_work(
     fake: Any, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = fake()
-    monkeypatch.setattr(run, "open_subject", lambda name, quantization: subject)
+    monkeypatch.setattr(run, "open_model", lambda spec, **_: subject)
     (tmp_path / "file").write_text("")
     for bad in (tmp_path, tmp_path / "file" / "results.json"):
         with pytest.raises(UserError):

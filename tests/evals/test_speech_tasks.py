@@ -90,7 +90,7 @@ def test_without_espeak_other_tasks_still_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(synthesis, "available", lambda: False)
-    monkeypatch.setattr(run, "open_subject", lambda model, quantization: fake())
+    monkeypatch.setattr(run, "open_model", lambda spec, **_: fake())
     chosen = find(["spoken-commands", "easy-vqa", "spoken-vqa"])
     output = tmp_path / "results.json"
     run.run_tasks(chosen, "nano", Options(data_root, "all", limit=4), tmp_path / "records", output)
