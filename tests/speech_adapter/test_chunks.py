@@ -51,14 +51,14 @@ def by_hand(encoder: Conformer, x: torch.Tensor, chunking: Chunking) -> torch.Te
         n = min(chunking.chunk, len(block))
         for layer, past in zip(encoder.layers, kept, strict=True):
             assert isinstance(layer, ConformerLayer)
-            block = block + 0.5 * layer.first(block)
+            block = layer.first.add_to(block.clone(), 0.5)
             back = past["a"][-chunking.look_back :] if chunking.look_back else []
             past["a"] += block[:n]
             block = block + attended(layer.attention, block, back, at)
             back = past["c"][-3:]
             past["c"] += block[:n]
             block = block + convolved(layer.convolution, block, back)
-            block = layer.norm(block + 0.5 * layer.second(block))
+            block = layer.norm(layer.second.add_to(block, 0.5))
         done.append(block[:n])
     return torch.cat(done)
 

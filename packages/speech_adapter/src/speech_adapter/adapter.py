@@ -112,7 +112,7 @@ class Projector(nn.Module):
             x = F.conv1d(x, self.subsample.weight, self.subsample.bias, stride=2).transpose(1, 2)
             past = past.halved()
         x = F.gelu(x)
-        x = x + self.attention(x, turns, real_out, past)
+        x = self.attention.add_to(x, turns, real_out, past)
         x = x + self.feed_forward(self.feed_forward_norm(x))
         return self.out(self.norm(x)) * self.scale
 

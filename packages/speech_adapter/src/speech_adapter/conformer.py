@@ -1,7 +1,8 @@
 """A rotary Conformer (arXiv 2005.08100, as sized in arXiv 2407.21783) whose padding cannot leak.
 
 Every layer also runs on blocks of clips with a `Past` (see `chunks`): B is then their number, S their width,
-and rotations begin with the L = look_back frames before a block.
+and rotations begin with the L = look_back frames before a block. Where nobody asks for gradients, sums
+and activations overwrite what they read: fresh memory costs a CPU as much as the arithmetic.
 
 Axes: B clips, F feature frames (10 ms), S encoder frames (40 ms), C width, H heads, D head dim.
 """
@@ -18,6 +19,38 @@ from speech_adapter.chunks import Past
 from speech_adapter.config import SpeechConfig
 
 
+def plus(x: Tensor, hidden: Tensor, out: nn.Linear, dropout: nn.Dropout, scale: float = 1.0) -> Tensor:
+    """x + scale · dropout(out(hidden)); without gradients summed into x by the product itself."""
+    plain = torch.is_grad_enabled() or dropout.training or torch.is_autocast_enabled(x.device.type)
+    if plain or type(out) is not nn.Linear or not x.is_contiguous():
+        return torch.add(x, dropout(out(hidden)), alpha=scale)
+    if out.bias is not None:
+        x.add_(out.bias, alpha=scale)
+    x.flatten(0, -2).addmm_(hidden.flatten(0, -2), out.weight.T, alpha=scale)
+    return x
+
+
+def turned(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """x [B, S, H, D] turned by rotations [1, 1, S, D] → [B, H, S, D]; without gradients in fewer passes."""
+    cos, sin = rotation
+    x = x.transpose(1, 2)
+    if torch.is_grad_enabled():
+        return apply_rotations(x, cos, sin)
+    half = x.shape[-1] // 2
+    (first, second), cos, sin = x.split(half, dim=-1), cos[..., :half], sin[..., :half]
+    # Each head in one piece, which attention reads faster.
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    low, high = out.split(half, dim=-1)
+    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1.0)
+    torch.mul(second, cos, out=high).addcmul_(first, sin)
+    return out
+
+
+def silu(x: Tensor) -> Tensor:
+    """x · sigmoid(x); without gradients in the memory of x."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class MacaronFeedForward(nn.Module):
     """Pre-norm feed-forward; two of them with half weight enclose attention and convolution."""
 
@@ -28,9 +61,10 @@ class MacaronFeedForward(nn.Module):
         self.down = nn.Linear(ffn_dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, C] → [B, S, C]."""
-        return self.dropout(self.down(self.dropout(F.silu(self.up(self.norm(x))))))
+    def add_to(self, x: Tensor, scale: float) -> Tensor:
+        """x [B, S, C] + scale · feed-forward of it; see `plus`."""
+        hidden = self.dropout(silu(self.up(self.norm(x))))
+        return plus(x, hidden, self.down, self.dropout, scale)
 
 
 class RotaryAttention(nn.Module):
@@ -44,26 +78,35 @@ class RotaryAttention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
+    def add_to(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor | None, past: Past | None = None
     ) -> Tensor:
-        """x [B, S, C], real [B, S] bool (None: all), rotations of S or L + S positions → [B, S, C]."""
+        """x [B, S, C] + attention over it; real [B, S] bool (None: all), rotations of S or L + S positions.
+
+        See `plus`.
+        """
         b, s, c = x.shape
-        q, kv = self.qkv(self.norm(x)).split((c, 2 * c), dim=-1)
-        if past is not None:
+        qkv = self.qkv(self.norm(x))
+        if past is None:
+            # Queries and keys stand side by side and turn alike.
+            qk = turned(self._heads(qkv[..., : 2 * c]), rotation)
+            (q, k), v = qk.chunk(2, dim=1), qkv[..., 2 * c :]
+        else:
             length = past.window.look_back
-            kv = torch.cat((past.before(self, kv, length), kv), dim=1)
+            kv = torch.cat((past.before(self, qkv[..., c:], length), qkv[..., c:]), dim=1)
             assert real is not None
             real = torch.cat((past.exists(length), real), dim=1)
-        k, v = (self._heads(part) for part in kv.chunk(2, dim=-1))
-        cos, sin = rotation
-        q = apply_rotations(self._heads(q), cos[:, :, -s:], sin[:, :, -s:])
-        mask = Mask.full() if real is None else Mask.keys(real)
-        mixed = attend(q, apply_rotations(k, cos, sin), v, mask)
-        return self.dropout(self.out(mixed.transpose(1, 2).reshape(b, s, c)))
+            k, v = turned(self._heads(kv[..., :c]), rotation), kv[..., c:]
+            cos, sin = rotation
+            q = turned(self._heads(qkv[..., :c]), (cos[:, :, -s:], sin[:, :, -s:]))
+        v = self._heads(v).transpose(1, 2)
+        if not torch.is_grad_enabled():
+            v = v.contiguous()
+        mixed = attend(q, k, v, Mask.full() if real is None else Mask.keys(real))
+        return plus(x, mixed.transpose(1, 2).reshape(b, s, c), self.out, self.dropout)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.head_dim))
 
 
 class Convolution(nn.Module):
@@ -81,8 +124,8 @@ class Convolution(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, real: Tensor | None, past: Past | None = None) -> Tensor:
-        """x [B, S, C], real [B, S] bool (None: all) → [B, S, C]."""
+    def add_to(self, x: Tensor, real: Tensor | None, past: Past | None = None) -> Tensor:
+        """x [B, S, C] + convolution of it; real [B, S] bool (None: all). See `plus`."""
         gated = F.glu(self.gated(self.norm(x)), dim=-1)
         if real is not None:
             # Before the convolution: it would carry padding into the last real frames.
@@ -90,7 +133,7 @@ class Convolution(nn.Module):
         reach = self.depthwise.kernel_size[0] // 2
         left = None if past is None else past.before(self, gated, reach)
         mixed = self._convolve(gated, left, reach)
-        return self.dropout(self.out(F.silu(self.inner_norm(mixed))))
+        return plus(x, silu(self.inner_norm(mixed)), self.out, self.dropout)
 
     def _convolve(self, x: Tensor, left: Tensor | None, reach: int) -> Tensor:
         before = 0 if left is None else reach
@@ -117,12 +160,11 @@ class ConformerLayer(nn.Module):
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], real: Tensor | None, past: Past | None = None
     ) -> Tensor:
-        """x [B, S, C], real [B, S] bool (None: all) → [B, S, C]."""
-        x = torch.add(x, self.first(x), alpha=0.5)
-        x = x + self.attention(x, rotation, real, past)
-        x = x + self.convolution(x, real, past)
-        x = torch.add(x, self.second(x), alpha=0.5)
-        return self.norm(x)
+        """x [B, S, C], overwritten without gradients; real [B, S] bool (None: all) → [B, S, C]."""
+        x = self.first.add_to(x, 0.5)
+        x = self.attention.add_to(x, rotation, real, past)
+        x = self.convolution.add_to(x, real, past)
+        return self.norm(self.second.add_to(x, 0.5))
 
 
 class Conformer(nn.Module):

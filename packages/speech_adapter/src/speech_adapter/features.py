@@ -19,6 +19,7 @@ N_FFT = 400  # samples: 25 ms
 HOP = 160  # samples: 10 ms, so 100 frames per second
 N_MELS = 80
 POWER_FLOOR = 1e-10
+_BLOCK = 512  # frames at a time on a CPU: what is computed of them stays in its cache
 
 # Slaney's mel scale: linear to 1 kHz (15 mel), then 27 steps per factor of 6.4.
 _LINEAR_HZ_PER_MEL, _BREAK_HZ, _BREAK_MEL, _LOG_STEP = 200.0 / 3.0, 1000.0, 15.0, np.log(6.4) / 27.0
@@ -78,10 +79,17 @@ def framed_log_mel(samples: Tensor, n_mels: int = N_MELS) -> Tensor:
     """
     # bf16 would keep three digits of a power that spans ten decades.
     with torch.autocast(samples.device.type, enabled=False):
-        frames = samples.float().unfold(-1, N_FFT, HOP) * _window(samples.device)
-        spectrum = torch.fft.rfft(frames)
-        power = spectrum.real.square() + spectrum.imag.square()  # the absolute value takes a root first
-        return (power @ _transposed_filters(n_mels, samples.device)).clamp(min=POWER_FLOOR).log10()
+        frames = samples.float().unfold(-1, N_FFT, HOP)
+        blocks = frames.split(_BLOCK, dim=-2) if frames.is_cpu else (frames,)
+        filters = _transposed_filters(n_mels, samples.device)
+        return torch.cat([_block(block, filters) for block in blocks], dim=-2)
+
+
+def _block(frames: Tensor, filters: Tensor) -> Tensor:
+    """Frames [..., F, 400], filters [201, M] → log10 [..., F, M]."""
+    spectrum = torch.fft.rfft(frames * _window(frames.device))
+    power = spectrum.real.square() + spectrum.imag.square()  # the absolute value takes a root first
+    return (power @ filters).clamp(min=POWER_FLOOR).log10()
 
 
 @lru_cache(maxsize=4)
