@@ -1,5 +1,9 @@
 import json
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +17,7 @@ from speech_adapter import live
 from speech_adapter.adapter import load
 from speech_adapter.alignment import Word
 from speech_adapter.audio import SAMPLE_RATE, decode
-from speech_adapter.live import LiveSettings, LiveTranscriber, Meter, Update, run
+from speech_adapter.live import LiveSettings, LiveTranscriber, Meter, Update, first_interrupt, run
 from speech_adapter.transcribe import Recogniser
 
 SAMPLES = Path(__file__).parents[2] / "evals" / "samples"
@@ -107,3 +111,32 @@ def test_a_microphone_that_cannot_start_is_one_clear_line(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "sounddevice", fake)
     with pytest.raises(MediaError, match="device busy.*plug one in"):
         next(live.microphone())
+
+
+def test_a_window_stays_within_what_the_adapter_takes(
+    recogniser: Recogniser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recogniser.adapter, "config", replace(recogniser.adapter.config, max_seconds=3.0))
+    found = updates(recogniser, np.concatenate(CLIPS), LiveSettings(pause_s=9.0))  # a longer clip raises
+    assert sum(update.ended for update in found) > 1
+    monkeypatch.setattr(recogniser.adapter, "config", replace(recogniser.adapter.config, max_seconds=0.5))
+    with pytest.raises(UserError, match="too short to stream"):
+        LiveTranscriber(recogniser)
+
+
+def test_an_interrupt_ends_the_sound_and_keeps_the_last_words(recogniser: Recogniser) -> None:
+    def pieces() -> Iterator[np.ndarray]:
+        yield CLIPS[0]
+        os.kill(os.getpid(), signal.SIGINT)
+        yield CLIPS[1]
+        raise AssertionError("heard on after the interrupt")
+
+    before = signal.getsignal(signal.SIGINT)
+    with first_interrupt() as stopped:
+        found = list(run(LiveTranscriber(recogniser), pieces(), Meter(), stopped=stopped))
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    said = [word for update in found for word in update.final]
+    assert found[-1].ended and said
+    assert said == recogniser.text(CLIPS[0]).split()

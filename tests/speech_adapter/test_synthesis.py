@@ -115,3 +115,16 @@ def test_a_process_that_dies_is_one_line_and_no_endless_wait() -> None:
     for fresh in (True, False):
         with pytest.raises(SynthesisError, match="has died.*__main__"):
             list(in_processes(_fails, [2], 1, fresh))
+
+
+def test_a_damaged_cache_file_is_named_and_spoken_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (first,) = speak_all([Utterance("seven")], tmp_path, processes=1)
+    (file,) = tmp_path.glob("*.npz")
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:200] + b"?" * 64 + whole[264:]):
+        file.write_bytes(damaged)
+        (again,) = speak_all([Utterance("seven")], tmp_path, processes=1)
+        np.testing.assert_array_equal(again.samples, first.samples)
+        assert f"warning: {file}: damaged" in capsys.readouterr().err

@@ -8,9 +8,11 @@ a hearing are bounded. Final words never change.
 from __future__ import annotations
 
 import queue
+import signal
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +58,13 @@ class LiveTranscriber:
     def __init__(self, recogniser: Recogniser, settings: LiveSettings | None = None) -> None:
         self.recogniser = recogniser
         self.settings = settings or LiveSettings()
+        # A window may grow by a hearing's new sound before it is cut.
+        limit = recogniser.adapter.config.max_seconds - self.settings.step_s
+        if limit < self.settings.step_s:
+            raise UserError(
+                f"this adapter takes {limit + self.settings.step_s:g} s at most: too short to stream"
+            )
+        self.window_s = min(self.settings.window_s, limit)
         self.detector = VoiceActivity(self.settings.vad)
         self.samples = np.zeros(0, dtype=np.float32)
         self.decisions = np.zeros(0, dtype=bool)
@@ -107,7 +116,7 @@ class LiveTranscriber:
                     return
                 continue
             yield self._partial()
-            if len(self.samples) > s.window_s * SAMPLE_RATE:
+            if len(self.samples) > self.window_s * SAMPLE_RATE:
                 yield self._shortened()
             return
 
@@ -198,18 +207,51 @@ class Meter:
         return {name: round(value, 3) for name, value in figures.items()}
 
 
+@contextmanager
+def first_interrupt() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed; the first is only noted, so that what was heard can be written down.
+
+    The second interrupts as ever.
+    """
+    pressed: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread may ask for signals
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run(
-    transcriber: LiveTranscriber, pieces: Iterator[np.ndarray], meter: Meter, realtime: bool = False
+    transcriber: LiveTranscriber,
+    pieces: Iterator[np.ndarray],
+    meter: Meter,
+    realtime: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Update]:
-    """Updates of a stream of 16 kHz pieces; `realtime` waits until each piece would have been spoken."""
+    """Updates of a stream of 16 kHz pieces; `realtime` waits until each piece would have been spoken.
+
+    Once `stopped` says so no more is heard; the last words still come.
+    """
     began, spoken = time.monotonic(), 0
     for block in pieces:
         for i in range(0, len(block), _PIECE):
+            if stopped():
+                break
             piece = block[i : i + _PIECE]
             spoken += len(piece)
             if realtime:
                 time.sleep(max(0.0, began + spoken / SAMPLE_RATE - time.monotonic()))
             yield from _timed(transcriber.feed(piece), meter)
+        if stopped():
+            break
     yield from _timed(transcriber.finish(), meter)
 
 

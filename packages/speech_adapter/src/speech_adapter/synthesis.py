@@ -11,8 +11,11 @@ import ctypes
 import hashlib
 import multiprocessing
 import os
+import sys
 import tempfile
 import threading
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -248,7 +251,9 @@ def speak_all(
     cache_dir.mkdir(parents=True, exist_ok=True)
     chunks = [utterances[i : i + chunk] for i in range(0, len(utterances), chunk)]
     files = [cache_dir / f"{_chunk_key(part, rate)}.npz" for part in chunks]
-    todo = [(part, rate, file) for part, file in zip(chunks, files, strict=True) if not file.exists()]
+    todo = [
+        (part, rate, file) for part, file in zip(chunks, files, strict=True) if not _intact(file, len(part))
+    ]
     if todo:
         # The voices' flutter runs on from clip to clip: only a fresh library speaks a chunk the same way
         # every time.
@@ -305,6 +310,19 @@ def _write_chunk(job: tuple[Sequence[Utterance], int, Path]) -> None:
             phonemes=np.concatenate([s.phonemes for s in spoken]),
         )
     temporary.replace(file)
+
+
+def _intact(file: Path, n: int) -> bool:
+    """Whether a file of n utterances can be read; a damaged one is named, and will be spoken again."""
+    if not file.exists():
+        return False
+    try:
+        if len(_read_chunk(file)) == n:
+            return True
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        pass
+    print(f"warning: {file}: damaged, it is spoken again", file=sys.stderr, flush=True)
+    return False
 
 
 def _read_chunk(file: Path) -> list[Speech]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from core_llm.errors import MediaError, UserError
 from speech_adapter import subtitles
 from speech_adapter.alignment import Word
 from speech_adapter.audio import blocks
-from speech_adapter.live import LiveTranscriber, Meter, Update, microphone, run
+from speech_adapter.live import LiveTranscriber, Meter, Update, first_interrupt, microphone, run
 from speech_adapter.long_audio import ChunkSettings
 from speech_adapter.transcribe import Recogniser, Segment
 
@@ -52,13 +52,26 @@ def write_stream(
 ) -> None:
     """Print text while it comes, and at the end how late and how fast it came.
 
-    Plain text shows final words only: nothing that is on the screen ever changes.
+    Plain text shows final words only: nothing that is on the screen ever changes. Ctrl-C ends the sound, and
+    the last words are still written down.
     """
+    with first_interrupt() as stopped:
+        _write_stream(recogniser, source, realtime, timestamps, as_json, stopped)
+
+
+def _write_stream(
+    recogniser: Recogniser,
+    source: Path,
+    realtime: bool,
+    timestamps: bool,
+    as_json: bool,
+    stopped: Callable[[], bool],
+) -> None:
     live = str(source) == MICROPHONE and not source.exists()
     pieces = microphone() if live else blocks(source)
     meter = Meter()
     begun = False
-    for update in run(LiveTranscriber(recogniser), pieces, meter, realtime and not live):
+    for update in run(LiveTranscriber(recogniser), pieces, meter, realtime and not live, stopped):
         if as_json:
             print(_line(_update(update)), flush=True)
         elif timestamps:
