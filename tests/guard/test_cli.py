@@ -71,7 +71,16 @@ def test_json_lines_come_in_and_go_out_in_order(run: Run, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     verdicts = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(verdicts) == 4
-    assert set(verdicts[0]) == {"unsafe", "probability", "mass", "categories", "named", "flagged", "policy"}
+    assert set(verdicts[0]) == {
+        "unsafe",
+        "probability",
+        "mass",
+        "categories",
+        "named",
+        "flagged",
+        "policy",
+        "unread",
+    }
 
 
 def test_table_shows_brackets_of_a_message_as_they_are(run: Run, folder: Path) -> None:

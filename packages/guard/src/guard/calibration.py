@@ -150,7 +150,7 @@ def store(folder: Path, calibration: Calibration) -> None:
 
 
 def stored_beside(folder: Path) -> float:
-    """The temperature in `calibration.json`, or 1; raises `CheckpointError` for one that is no temperature."""
+    """The temperature in `calibration.json`, or 1; raises `CheckpointError` where it is none at all."""
     path = folder / BESIDE
     if not path.is_file():
         return 1.0

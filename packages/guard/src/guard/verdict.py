@@ -25,7 +25,8 @@ class Verdict:
     it is below one half the answer is no verdict and counts as unsafe. categories: code → probability that
     the message is unsafe and this is the first category named; they add up to `probability`. flagged: the
     categories named, where the policy has thresholds of their own for some; else None. policy: digest of the
-    policy that was judged by.
+    policy that was judged by. unread: pictures and sounds that nobody could read, see `multimodal`; a verdict
+    that is unsafe for that alone names no category.
     """
 
     unsafe: bool
@@ -34,6 +35,7 @@ class Verdict:
     categories: dict[str, float]
     flagged: tuple[str, ...] | None = None
     policy: str = ""
+    unread: tuple[str, ...] = ()
 
     @property
     def named(self) -> list[str]:
@@ -51,7 +53,9 @@ class Verdict:
     @property
     def text(self) -> str:
         """The verdict in the guard's own grammar."""
-        return f"unsafe\n{','.join(self.named)}" if self.unsafe else "safe"
+        if not self.unsafe:
+            return "safe"
+        return f"unsafe\n{','.join(self.named)}" if self.named else "unsafe"
 
 
 def strongest(scores: dict[str, float], whole: float) -> tuple[str, ...]:
