@@ -229,6 +229,9 @@ def ask(task: Task, subject: Model, samples: Sequence[Sample]) -> list[Output]:
             }
             for verdict in subject.score(conversations)
         ]
+    if task.ask == "own":
+        assert task.asks is not None, f"task '{task.name}' says no way of asking"
+        return task.asks(subject, samples)
     return _bit_equal(subject, samples)
 
 

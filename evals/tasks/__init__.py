@@ -24,9 +24,17 @@ QUICKSTART = (
 
 def registry() -> dict[str, Task]:
     """Every known task by name, in the order of the scorecard."""
-    from evals.tasks import needle, regression, safety, speech, text, vision
+    from evals.tasks import modalities, needle, regression, safety, speech, text, vision
 
-    tasks = [*text.TASKS, *needle.TASKS, *regression.TASKS, *vision.TASKS, *speech.TASKS, *safety.TASKS]
+    tasks = [
+        *text.TASKS,
+        *needle.TASKS,
+        *regression.TASKS,
+        *vision.TASKS,
+        *speech.TASKS,
+        *safety.TASKS,
+        *modalities.TASKS,
+    ]
     return {task.name: task for task in tasks}
 
 

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from core_llm.chat import Message
 from evals.tasks import data, scoring
 from evals.tasks.base import Control, Options, Output, Sample, Task
@@ -41,9 +39,10 @@ def _openai_moderation(options: Options) -> list[Sample]:
     return samples
 
 
-def _basics(options: Options) -> list[Sample]:
+def basics() -> list[Sample]:
+    """The bundled requests, all of them."""
     rows = [json.loads(line) for line in BASICS.read_text().splitlines()]
-    samples = [
+    return [
         Sample(
             f"basic-{i}",
             f"basic-{i}",
@@ -54,39 +53,18 @@ def _basics(options: Options) -> list[Sample]:
         )
         for i, row in enumerate(rows)
     ]
-    return data.subset(samples, options)
 
 
-def _by_role(conversations: Sequence[Sequence[Message]], role: str) -> list[str]:
-    return [
-        " ".join(message.text for message in messages if message.role == role) for messages in conversations
-    ]
-
-
-def tfidf_probabilities(
-    train: Sequence[Sequence[Message]], labels: Sequence[int], asked: Sequence[Sequence[Message]]
-) -> np.ndarray:
-    """P(unsafe) [N] of a logistic regression over TF-IDF of words and word pairs, one bag per role."""
-    from scipy.sparse import hstack
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-
-    known, new = [], []
-    for role in ("user", "assistant"):
-        texts = _by_role(train, role)
-        if not any(texts):
-            continue
-        vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
-        known.append(vectorizer.fit_transform(texts))
-        new.append(vectorizer.transform(_by_role(asked, role)))
-    model = LogisticRegression(max_iter=1000).fit(hstack(known), np.asarray(labels))
-    return np.asarray(model.predict_proba(hstack(new))[:, 1])
+def _basics(options: Options) -> list[Sample]:
+    return data.subset(basics(), options)
 
 
 def _tfidf(name: str, messages: Any) -> Control:
     """The baseline, fitted on the train split. None where that split is missing or itself evaluated."""
 
     def answer(samples: Sequence[Sample], options: Options) -> list[Output] | None:
+        from guard.evaluation.baselines import tfidf_probabilities
+
         train = data.train_rows(name, options) if options.split == "dev" else None
         if train is None:
             return None

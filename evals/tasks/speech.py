@@ -78,7 +78,8 @@ def _spoken_scenes(options: Options) -> list[Sample]:
     return data.subset(samples, options)
 
 
-def _needs_espeak() -> None:
+def needs_espeak() -> None:
+    """Raise `Unavailable` where no speech can be synthesised."""
     from speech_adapter.synthesis import INSTALL_HINT, available
 
     if not available():
@@ -123,7 +124,7 @@ def _command_samples() -> list[Sample]:
 
 
 def _spoken_commands(options: Options) -> list[Sample]:
-    _needs_espeak()
+    needs_espeak()
     return data.subset(_command_samples(), options)
 
 
@@ -152,7 +153,7 @@ def voice_of(sample_id: str) -> str:
 
 
 def _spoken_vqa(options: Options) -> list[Sample]:
-    _needs_espeak()
+    needs_espeak()
     samples = []
     for row in data.rows("easy_vqa", options):
         question = row.fields["question"]
