@@ -36,8 +36,8 @@ class Options:
 class Sample:
     """One row. group: rows that share an image, a speaker or a context; kind: the slice for break-downs.
 
-    choices: what can be answered, for "choices" (the target is one of them). answers: all answers that count,
-    where there are several. extra: what the judge or the task's own way of asking needs besides; it is neither
+    choices: what can be answered, for "choices" (the target is one of them). answers: all that count,
+    where there are several. extra: what the judge or the own way of asking needs besides; it is neither
     recorded nor part of a record's key, so `id` must change when it does.
     """
 
@@ -77,7 +77,7 @@ class Task:
     """One thing to measure. The first metric is the headline; `needs` names the adapters or the guard.
 
     citation: the paper that the rows come from. prompt_format: what the model is shown, `{}` where a field
-    of the row goes. fewshot: number of solved examples before the question. asks: for ask="own", how a batch is
+    of the row goes. fewshot: solved examples before the question. asks: for ask="own", how a batch is
     put to the model. extra: the optional dependency that it needs, as in `pip install "llama-herd[EXTRA]"`.
     """
 

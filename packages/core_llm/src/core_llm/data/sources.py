@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from core_llm.data.rows import Row, Source, declared_split
+from core_llm.data.safety_sets import SAFETY
+from core_llm.data.snapshots import has_parquet, parts
 from core_llm.data.speech import SPEECH
+from core_llm.data.vision_sets import VISION
 from core_llm.errors import DataError
 
 __all__ = ["SOURCES", "SPLITS", "Row", "Source", "load", "split_of"]
@@ -68,11 +71,21 @@ def _read_local(source: Source, data_root: Path) -> list[Row]:
             f"({source.homepage}), or leave --data-root out to read the hub"
         )
     try:
-        return list(source.read_local(folder))
-    except (OSError, ValueError, KeyError, IndexError, csv.Error) as error:
+        return list(_read_snapshot(source, folder) if has_parquet(folder) else source.read_local(folder))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, csv.Error) as error:
         raise DataError(
             f"{folder}: cannot be read as {source.title} ({type(error).__name__}: {error})"
         ) from error
+
+
+def _read_snapshot(source: Source, folder: Path) -> Iterator[Row]:
+    """A copy of the hub repository: the same rows as `_read_hub` gives."""
+    for part, split, rows in parts(folder):
+        if source.subset_fields is None:
+            yield from source.read_hub(rows, split)
+        else:
+            shared = source.subset_fields(part)
+            yield from (replace(row, fields=row.fields | shared) for row in source.read_hub(rows, split))
 
 
 def _read_hub(source: Source, subset: str = "") -> list[Row]:
@@ -88,9 +101,9 @@ def _read_hub(source: Source, subset: str = "") -> list[Row]:
         loaded = datasets.load_dataset(repository, configuration, revision=source.revision)
         rows: list[Row] = []
         for split, table in loaded.items():
-            for column in ("image", "audio"):
+            for column in ("image", "audio", *(f"image_{n}" for n in range(1, 8))):
                 if column in table.column_names:
-                    feature = datasets.Image if column == "image" else datasets.Audio
+                    feature = datasets.Audio if column == "audio" else datasets.Image
                     table = table.cast_column(column, feature(decode=False))
             if "images" in table.column_names:
                 table = table.cast_column("images", datasets.List(datasets.Image(decode=False)))
@@ -437,4 +450,4 @@ _ALL = (
     ),
 )
 
-SOURCES: dict[str, Source] = {source.name: source for source in (*_ALL, *SPEECH)}
+SOURCES: dict[str, Source] = {source.name: source for source in (*_ALL, *VISION, *SPEECH, *SAFETY)}

@@ -61,7 +61,13 @@ def _librispeech_local(folder: Path) -> Iterator[Row]:
 
 def _librispeech_row(identity: str, text: str, speaker: str, audio: Path | bytes, part: str) -> Row:
     # The transcripts are in capitals; no core writes so.
-    fields = {"text": text.strip().lower(), "speaker": speaker, "audio": audio, "language": "en"}
+    fields = {
+        "text": text.strip().lower(),
+        "speaker": speaker,
+        "audio": audio,
+        "language": "en",
+        "part": part,
+    }
     return Row(f"librispeech-{identity}", speaker, fields, _part(part))
 
 
@@ -134,7 +140,7 @@ def _fleurs_row(
     sentence: str, text: str, subset: str, audio: Path | bytes, split: str, english: dict[str, str]
 ) -> Row:
     name = audio.stem if isinstance(audio, Path) else hashlib.sha256(audio).hexdigest()[:16]
-    fields: dict[str, Any] = {"text": text.strip(), "audio": audio, **_language(subset)}
+    fields: dict[str, Any] = {"text": text.strip(), "audio": audio, "part": split, **_language(subset)}
     if sentence in english and subset != "en_us":
         fields |= {"translation": english[sentence], "target_language": "en"}
     return Row(f"fleurs-{subset}-{name}", sentence, fields, declared_split(split))
@@ -177,10 +183,41 @@ def _covost_row(row: dict[str, Any], pair: str, audio: Path | bytes, split: str)
         "text": row["sentence"].strip(),
         "translation": row["translation"].strip(),
         "audio": audio,
+        "part": split,
         **_languages(pair),
     }
     identity = Path(str(row["path"])).stem
     return Row(f"covost2-{pair}-{identity}", str(row["client_id"]), fields, declared_split(split))
+
+
+def _mls_local(folder: Path) -> Iterator[Row]:
+    """mls_LANGUAGE/{train,dev,test}/transcripts.txt: id, tab, text; audio/SPEAKER/BOOK/ID.flac, or .opus."""
+    tables = [path for name in _TABLES for path in sorted(folder.rglob(f"{name}/transcripts.txt"))]
+    if not tables:
+        raise FileNotFoundError("no mls_LANGUAGE/test/transcripts.txt")
+    for path in tables:
+        language = path.parents[1].name.removeprefix("mls_")
+        for line in path.read_text(encoding="utf-8").splitlines():
+            identity, _, text = line.partition("\t")
+            if text:
+                speaker, book, _ = identity.split("_")
+                audio = path.parent / "audio" / speaker / book / f"{identity}.flac"
+                if not audio.exists() and audio.with_suffix(".opus").exists():
+                    audio = audio.with_suffix(".opus")
+                yield _mls_row(identity, text, speaker, language, audio, path.parent.name)
+
+
+def _mls_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
+    for row in rows:
+        speaker, audio = str(row["speaker_id"]), row["audio"]["bytes"]
+        # "9_hours" and "1_hours" repeat rows of "train".
+        if split in _TABLES:
+            yield _mls_row(str(row["id"]), row["transcript"], speaker, "", audio, split)
+
+
+def _mls_row(identity: str, text: str, speaker: str, language: str, audio: Path | bytes, split: str) -> Row:
+    fields = {"text": text.strip(), "speaker": speaker, "audio": audio, "part": split, **_language(language)}
+    return Row(f"mls-{language}-{identity}", speaker, fields, declared_split(split))
 
 
 def _language(subset: str) -> dict[str, str]:
@@ -236,6 +273,17 @@ SPEECH = (
         read_local=_fleurs_local,
         read_hub=_fleurs_hub,
         revision="refs/convert/parquet",  # the main branch is a program, which `datasets` no longer runs
+        subset_fields=_language,
+    ),
+    Source(
+        name="mls",
+        title="Multilingual LibriSpeech",
+        licence="CC BY 4.0",
+        homepage="https://www.openslr.org/94",
+        hub=("facebook/multilingual_librispeech", "german"),
+        dev_fraction=0.02,
+        read_local=_mls_local,
+        read_hub=_mls_hub,
         subset_fields=_language,
     ),
     Source(
