@@ -183,9 +183,9 @@ def test_not_ready_until_the_guard_is_loaded() -> None:
 class SlowGuard(WordGuard):
     """Takes its time."""
 
-    def classify(self, conversations: Any, batch_size: int = 32) -> Any:
+    def classify(self, conversations: Any, batch_size: int = 32, policy: Any = None) -> Any:
         time.sleep(1.0)
-        return super().classify(conversations, batch_size)
+        return super().classify(conversations, batch_size, policy)
 
 
 def test_health_answers_while_the_guard_computes() -> None:
@@ -202,14 +202,14 @@ def test_health_answers_while_the_guard_computes() -> None:
 class FailingGuard(WordGuard):
     """Fails with the user's text in its message."""
 
-    def classify(self, conversations: Any, batch_size: int = 32) -> Any:
+    def classify(self, conversations: Any, batch_size: int = 32, policy: Any = None) -> Any:
         raise RuntimeError(f"cannot judge {conversations}")
 
 
 def test_neither_logs_nor_errors_repeat_what_the_user_wrote(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     secret = "my-secret-words"
-    for guard, status in ((WordGuard(), 200), (FailingGuard(), 500)):
+    for guard, status in ((WordGuard(), 200), (FailingGuard(), 503)):
         with TestClient(create_app(guard), raise_server_exceptions=False) as client:
             response = client.post("/v1/moderations", json={"input": secret})
         assert response.status_code == status

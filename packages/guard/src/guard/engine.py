@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from core_llm.chat import Message
+from core_llm.chat import Image, Message
 from core_llm.errors import UserError
 from guard.guard import Guard, Verdict
 from guard.policy import Policy
@@ -89,3 +89,9 @@ class LocalEngine:
         """Judge nothing more; what is being judged is finished first."""
         with self._lock:
             self._closed = True
+
+
+def can_see(engine: object) -> bool:
+    """Whether an engine's guard reads images."""
+    adapters = getattr(getattr(engine, "guard", None), "adapters", ())
+    return bool(getattr(engine, "sees", any(issubclass(Image, adapter.part) for adapter in adapters)))

@@ -1,11 +1,24 @@
-"""Bodies of the moderation API. Source: OpenAI API reference, POST /v1/moderations."""
+"""Bodies of the service. Source: OpenAI API reference, moderations and chat completions."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from guard.guard import Verdict
+from guard.policy import Policy
 from guard.taxonomy import OPENAI_KEYS, openai_scores
+
+# The keys whose score an image may raise; of the others the API says that they read text only.
+IMAGE_KEYS = frozenset(
+    {
+        "self-harm",
+        "self-harm/instructions",
+        "self-harm/intent",
+        "sexual",
+        "violence",
+        "violence/graphic",
+    }
+)
 
 
 class _Strict(BaseModel):
@@ -13,9 +26,10 @@ class _Strict(BaseModel):
 
 
 class ImageURL(_Strict):
-    """Where an image is found."""
+    """Where an image is found: a data: URL, or an address where the service may fetch."""
 
     url: str
+    detail: Literal["auto", "low", "high"] | None = None
 
 
 class TextPart(_Strict):
@@ -26,21 +40,24 @@ class TextPart(_Strict):
 
 
 class ImagePart(_Strict):
-    """An image of one input; understood, but not judged by this guard."""
+    """An image of one input; judged where the guard has eyes, refused otherwise."""
 
     type: Literal["image_url"]
     image_url: ImageURL
 
 
+Parts = list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+
+
 class ModerationRequest(_Strict):
     """What a client sends. A list of strings has one result each, a list of parts one in all."""
 
-    input: str | list[str] | list[TextPart | ImagePart]
+    input: str | list[str] | Parts
     model: str | None = None
 
 
 class ModerationResult(BaseModel):
-    """Judgement of one input, under the OpenAI keys and the S-codes beside them."""
+    """Judgement of one input, under the OpenAI keys and the codes of the policy beside them."""
 
     flagged: bool
     categories: dict[str, bool]
@@ -48,27 +65,105 @@ class ModerationResult(BaseModel):
     category_applied_input_types: dict[str, list[str]]
 
     @classmethod
-    def of(cls, verdict: Verdict) -> "ModerationResult":
-        """A verdict in the API's shape: no key missing, none null."""
-        scores = {**openai_scores(verdict.categories), **verdict.categories}
+    def of(
+        cls, verdict: Verdict, policy: Policy | None = None, inputs: frozenset[str] = frozenset({"text"})
+    ) -> "ModerationResult":
+        """A verdict in the API's shape: no key missing, none null. inputs: "text", "image" or both."""
+        policy = policy or Policy()
         named = {code: 1.0 for code in verdict.named}
-        raised = {**openai_scores(named), **{code: named.get(code, 0.0) for code in verdict.categories}}
+        scores = {**openai_scores(policy.hazards(verdict.categories)), **verdict.categories}
+        raised = {
+            **openai_scores(policy.hazards(named)),
+            **{code: named.get(code, 0.0) for code in verdict.categories},
+        }
         return cls(
             flagged=verdict.unsafe,
             categories={key: value > 0 for key, value in raised.items()},
             category_scores=scores,
-            category_applied_input_types={
-                key: [] if OPENAI_KEYS.get(key, True) == () else ["text"] for key in scores
-            },
+            category_applied_input_types={key: _applied(key, inputs) for key in scores},
         )
 
 
+def _applied(key: str, inputs: frozenset[str]) -> list[str]:
+    if OPENAI_KEYS.get(key, True) == ():
+        return []  # nothing can raise it
+    return sorted(kind for kind in inputs if kind == "text" or key in IMAGE_KEYS or key not in OPENAI_KEYS)[
+        ::-1
+    ]
+
+
 class ModerationResponse(BaseModel):
-    """What a client gets: results in the order of the inputs."""
+    """What a client gets: results in the order of the inputs, then what OpenAI has no key for."""
 
     id: str
     model: str
     results: list[ModerationResult]
+    request_id: str
+    policy: str
+    policy_version: str
+
+
+class ChatMessage(_Strict):
+    """One turn of the conversation whose last message is judged."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Parts
+    name: str | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+
+
+class StreamOptions(_Strict):
+    """Of a streamed verdict."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class ChatRequest(_Strict):
+    """A conversation to judge. What steers sampling is accepted and changes nothing: a verdict is computed,
+    not drawn, and never cut short.
+    """
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: int | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+
+class StreamHead(_Strict):
+    """First line of a stream: the conversation that the text answers, and the windows.
+
+    role: who speaks the text. every, hold_back: characters, see `windows.Window`; the service's own where
+    left out. text: the first piece, or all of it.
+    """
+
+    messages: list[ChatMessage] = Field(default_factory=list)
+    role: Literal["assistant", "user"] = "assistant"
+    model: str | None = None
+    every: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    hold_back: Annotated[int, Field(ge=0, le=4096)] | None = None
+    text: str | None = None
+
+
+class StreamPiece(_Strict):
+    """A later line: the next piece of the text."""
+
+    text: str
 
 
 class ErrorDetail(BaseModel):
