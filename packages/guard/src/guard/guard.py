@@ -25,7 +25,7 @@ from guard import stored
 from guard.policy import Policy
 from guard.prompt import Row
 from guard.prompter import SETTINGS, Format, Prompter
-from guard.released import Loader
+from guard.released import Loader, check_is_core
 from guard.verdict import MIN_MASS, Reading, Verdict, worse
 
 __all__ = ["MIN_MASS", "NANO", "SETTINGS", "Guard", "Verdict"]
@@ -111,7 +111,7 @@ class Guard:
         [adapter])` around `vision_adapter.mllama_checkpoint.load_fused`.
         Raises `CheckpointError` for a missing, truncated or mismatched checkpoint.
         """
-        folder = _find(where)
+        folder = find_guard(where)
         own = (folder / SETTINGS).is_file()
         kept: DType = dtype if dtype is not None else (torch.float32 if own else "auto")
         if not own:
@@ -120,6 +120,7 @@ class Guard:
         if loader is not None:
             core, tokenizer, adapters = loader(folder)
         else:
+            check_is_core(folder)
             core, tokenizer = stored.load(folder, kept)
         guard = cls.__new__(cls)
         guard.prompter = Prompter.of_folder(folder, tokenizer)
@@ -153,12 +154,16 @@ class Guard:
             rows += windows
             owners += [owner] * len(windows)
         verdicts: list[Verdict | None] = [None] * len(conversations)
-        for chosen in self._batches(rows, batch_size):
-            for index, verdict in zip(
-                chosen, self.judge_rows([rows[i] for i in chosen], reading), strict=True
-            ):
-                verdicts[owners[index]] = worse(verdicts[owners[index]], verdict)
+        for owner, verdict in zip(owners, self.judge_prompts(rows, reading, batch_size), strict=True):
+            verdicts[owner] = worse(verdicts[owner], verdict)
         return [v for v in verdicts if v is not None]
+
+    def judge_prompts(self, rows: Sequence[Row], reading: Reading, batch_size: int = 32) -> list[Verdict]:
+        """A verdict for each prompt, in order, like ones in one forward pass."""
+        found: dict[int, Verdict] = {}
+        for chosen in self._batches(rows, batch_size):
+            found.update(zip(chosen, self.judge_rows([rows[i] for i in chosen], reading), strict=True))
+        return [found[index] for index in range(len(rows))]
 
     def _batches(self, rows: Sequence[Row], batch_size: int) -> list[list[int]]:
         """Numbers of the rows that pass together: of one prefix and of like lengths, for little padding."""
@@ -245,7 +250,8 @@ def _prefix_of(row: Row) -> tuple[int, ...]:
     return tuple(row.ids[: row.shared]) if row.shared >= MIN_SHARED and not row.parts else ()
 
 
-def _find(where: str | Path) -> Path:
+def find_guard(where: str | Path) -> Path:
+    """The folder of a guard: "nano", a folder, or a hub id; raises `CheckpointError` for anything else."""
     try:
         return find_model(where, NANO)
     except CheckpointError as error:

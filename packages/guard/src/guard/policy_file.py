@@ -5,16 +5,23 @@ threshold, enabled, hazard. A category whose code the standard taxonomy knows ma
 """
 
 from collections.abc import Hashable
+from datetime import date
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from core_llm.errors import UserError
 from guard.policy import Categories, Category, Policy
 from guard.taxonomy import CATEGORIES
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+# YAML reads `version: 2` as a number and `version: 2026-11-21` as a date.
+Version = Annotated[
+    str,
+    BeforeValidator(lambda v: str(v) if isinstance(v, int | float | date) and not isinstance(v, bool) else v),
+    Field(min_length=1, max_length=200),
+]
 Line = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\r\n]*\S[^\r\n]*$")]
 
 
@@ -45,7 +52,7 @@ class PolicyFile(_Strict):
     """The whole file."""
 
     name: Line = "unnamed"
-    version: Line = "1"
+    version: Version = "1"
     threshold: Fraction | None = None
     window: int = Field(256, ge=8, le=100_000)
     context: int = Field(256, ge=0, le=100_000)

@@ -73,3 +73,14 @@ def _context(folder: Path) -> int:
     text = values.get("text_config")
     found = (text if isinstance(text, dict) else values).get("max_position_embeddings", 8192)
     return found if isinstance(found, int) else 8192
+
+
+def check_is_core(folder: Path) -> None:
+    """Raise `CheckpointError` where a checkpoint is more than a core, and so needs a loader of its own."""
+    path = folder / "config.json"
+    kind = read_json(path).get("model_type") if path.is_file() else None
+    if kind == "mllama":
+        raise CheckpointError(
+            f"{folder}: a vision checkpoint (mllama), which needs its adapter; give `Guard.load` a loader "
+            "as in docs/guard.md"
+        )
