@@ -12,6 +12,7 @@ from core_llm.chat import Audio, Image, Message, Part, Text
 from core_llm.errors import MediaError, UserError
 from guard.engine import Engine, LocalEngine
 from guard.guard import Guard
+from guard.guarded import REFUSAL, GuardedAssistant
 from guard.multimodal import AssistantReader, Reading, ReadingEngine, put_into_words, readers_of
 from guard.testing import WordGuard
 
@@ -175,3 +176,44 @@ def test_reader_asks_the_assistant_and_knows_how_sure_it_was(guard: Guard) -> No
     assert [r.text for r in never] == [r.text for r in always] and not any(r.read for r in never)
     with pytest.raises(MediaError, match="no such picture"):
         found[Image].read([Image("nothing.png")])
+
+
+class Answers:
+    """An assistant that always says the same."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.asked = text, 0
+
+    def generate(self, conversations, settings=None):  # type: ignore[no-untyped-def]
+        self.asked += len(conversations)
+        return [self.text for _ in conversations]
+
+    def stream(self, conversation, settings=None):  # type: ignore[no-untyped-def]
+        self.asked += 1
+        yield self.text
+
+
+def test_guarded_assistant_reads_pictures_before_it_answers() -> None:
+    for reading, answered in (
+        (Reading("tea"), True),
+        (Reading("bomb"), False),
+        (Reading("tea", sure=False), False),
+        (Reading(""), False),
+    ):
+        said = Answers("fine")
+        for way in ("answer", "stream"):
+            guarded = GuardedAssistant(said, WordGuard(), readers={Image: Written(reading)})
+            if way == "answer":
+                (found,) = guarded.answer([[Message("user", PICTURE)]])
+                assert (found.blocked is None) == answered and found.verdict is not None
+                assert bool(found.verdict.unread) == (not reading.read)
+            else:
+                text = "".join(guarded.stream([Message("user", PICTURE)]))
+                assert text == ("fine" if answered else REFUSAL)
+        assert said.asked == 2 * answered
+
+
+def test_guarded_assistant_without_a_reader_for_a_part_says_so() -> None:
+    guarded = GuardedAssistant(Answers("fine"), WordGuard(), readers={Image: Written()})
+    with pytest.raises(UserError, match="no reader for audio parts"):
+        guarded.answer([[Message("user", SOUND)]])

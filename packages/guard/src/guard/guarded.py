@@ -1,7 +1,7 @@
 """An assistant behind a guard: it hears only what passed, and says only what passed.
 
-Spoken parts are judged by what the assistant itself recognises in them. Images are not judged: this
-guard reads text.
+Spoken parts are judged by what the assistant itself recognises in them, and images are not judged: this
+guard reads text. With readers (`guard.multimodal`) both are read first, and what nobody can read is refused.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -12,6 +12,7 @@ from core_llm.chat import Audio, Message, Text
 from core_llm.errors import UserError
 from core_llm.sampling import Sampling
 from guard.guard import Guard, Verdict
+from guard.multimodal import Heard, Readers, marked, put_into_words
 
 SIDES = ("input", "output")
 REFUSAL = "I can't help with that."
@@ -50,11 +51,14 @@ class GuardedAssistant:
     While streaming, every piece waits until the answer up to `every` characters beyond the last check has
     been judged, and the last `hold_back` characters of a checked text wait for the next check, so that no
     phrase gets out in two halves that are each harmless.
+
+    readers: put pictures and sounds into words, see `multimodal.readers_of`. A part that they cannot read, on
+    a checked input, is refused; a kind of part that they do not know is an error.
     """
 
     def __init__(
         self, assistant: Speaker, guard: Guard, on: Collection[str] = SIDES,
-        refusal: str = REFUSAL, every: int = 120, hold_back: int = 40,
+        refusal: str = REFUSAL, every: int = 120, hold_back: int = 40, readers: Readers | None = None,
     ) -> None:  # fmt: skip
         unknown = sorted(set(on) - set(SIDES))
         if unknown or not on or isinstance(on, str):
@@ -64,6 +68,7 @@ class GuardedAssistant:
         self.assistant, self.guard = assistant, guard
         self.on, self.refusal = frozenset(on), refusal
         self.every, self.hold_back = every, hold_back
+        self.readers = readers
 
     def generate(
         self, conversations: Sequence[Sequence[Message]], settings: Sampling | None = None
@@ -75,9 +80,10 @@ class GuardedAssistant:
         self, conversations: Sequence[Sequence[Message]], settings: Sampling | None = None
     ) -> list[Answer]:
         """Answers with what the guard thought of them."""
-        heard = [self.as_text(messages) for messages in conversations]
+        readings = self._hear(conversations)
+        heard = [list(reading.messages) for reading in readings]
         found: list[Answer | None] = [None] * len(conversations)
-        verdicts = self._judge_inputs(heard)
+        verdicts = self._judge_inputs(readings)
         for row, verdict in enumerate(verdicts):
             if verdict is not None and verdict.unsafe:
                 found[row] = Answer(self.refusal, "input", verdict)
@@ -93,8 +99,9 @@ class GuardedAssistant:
 
     def stream(self, conversation: Sequence[Message], settings: Sampling | None = None) -> Iterator[str]:
         """Yield checked text only; an unsafe continuation ends the answer with the refusal."""
-        heard = self.as_text(conversation)
-        verdict = self._judge_inputs([heard])[0]
+        (reading,) = self._hear([conversation])
+        heard = list(reading.messages)
+        verdict = self._judge_inputs([reading])[0]
         if verdict is not None and verdict.unsafe:
             yield self.refusal
             return
@@ -123,8 +130,16 @@ class GuardedAssistant:
         return f"\n{self.refusal}" if released else self.refusal
 
     def as_text(self, conversation: Sequence[Message]) -> list[Message]:
-        """The conversation as the guard reads it: speech replaced by its transcript, images left out."""
-        return [self._as_text(message) for message in conversation]
+        """The conversation as the guard reads it: speech replaced by its transcript, images left out.
+
+        With readers, images are replaced by what these read in them.
+        """
+        return list(self._hear([conversation])[0].messages)
+
+    def _hear(self, conversations: Sequence[Sequence[Message]]) -> list[Heard]:
+        if self.readers is not None:
+            return put_into_words(conversations, self.readers)
+        return [Heard(tuple(self._as_text(message) for message in messages)) for messages in conversations]
 
     def _as_text(self, message: Message) -> Message:
         parts = message.parts
@@ -139,9 +154,17 @@ class GuardedAssistant:
         ]
         return Message(message.role, " ".join(words))
 
-    def _judge_inputs(self, heard: Sequence[Sequence[Message]]) -> list[Verdict | None]:
+    def _judge_inputs(self, readings: Sequence[Heard]) -> list[Verdict | None]:
         """Verdicts on the last messages; None where the input is not checked or holds no words."""
-        return self._judge(heard) if "input" in self.on else [None] * len(heard)
+        if "input" not in self.on:
+            return [None] * len(readings)
+        silent = Verdict(True, 1.0, 0.0, {}, ())  # of a part that nobody could read, and no word beside it
+        return [
+            marked(verdict or silent, reading) if reading.unread else verdict
+            for verdict, reading in zip(
+                self._judge([reading.messages for reading in readings]), readings, strict=True
+            )
+        ]
 
     def _judge_outputs(self, heard: Sequence[list[Message]], texts: Sequence[str]) -> list[Verdict | None]:
         if "output" not in self.on:

@@ -228,22 +228,24 @@ class ReadingEngine:
         rows = [row for row, nothing in enumerate(silent) if not nothing]
         judged = iter(self.engine.judge([heard[row].messages for row in rows], policy) if rows else [])
         return [
-            self._unheard(h, policy) if nothing else self._marked(next(judged), h)
+            self._unheard(h, policy) if nothing else marked(next(judged), h, self.on_unread)
             for h, nothing in zip(heard, silent, strict=True)
         ]
-
-    def _marked(self, verdict: Verdict, heard: Heard) -> Verdict:
-        if not heard.unread:
-            return verdict
-        if verdict.unsafe or self.on_unread == "flag":
-            return replace(verdict, unread=heard.unread)
-        return replace(verdict, unsafe=True, flagged=(), unread=heard.unread)
 
     def _unheard(self, heard: Heard, policy: Policy | None) -> Verdict:
         chosen = policy or self.policy
         codes = [category.code for category in chosen.enabled]
         scores = {code: 1 / len(codes) for code in codes}
         return Verdict(True, 1.0, 0.0, scores, (), chosen.digest, heard.unread)
+
+
+def marked(verdict: Verdict, heard: Heard, on_unread: OnUnread = "unsafe") -> Verdict:
+    """The verdict on a conversation's words, with what could not be read in it."""
+    if not heard.unread:
+        return verdict
+    if verdict.unsafe or on_unread == "flag":
+        return replace(verdict, unread=heard.unread)
+    return replace(verdict, unsafe=True, flagged=(), unread=heard.unread)
 
 
 def _speaks(message: Message) -> bool:
