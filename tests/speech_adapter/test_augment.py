@@ -73,11 +73,13 @@ def test_stretching_moves_a_tone_to_a_lower_band_and_keeps_its_length() -> None:
     time = torch.arange(8_000) / 16_000
     features = log_mel(torch.sin(2 * torch.pi * 2_000 * time))[None]
     higher = Augmentation(tract=(1.25, 1.25))
-    stretched = stretch_formants(features, np.random.default_rng(0), higher)
+    stretched = stretch_formants(features, np.random.default_rng(0), [higher] * len(features))
     expected = log_mel(torch.sin(2 * torch.pi * 1_600 * time))
     assert stretched.shape == features.shape
     assert abs(int(stretched[0, 20].argmax()) - int(expected[20].argmax())) <= 1
-    same = stretch_formants(features, np.random.default_rng(0), Augmentation(tract=(1.0, 1.0)))
+    same = stretch_formants(
+        features, np.random.default_rng(0), [Augmentation(tract=(1.0, 1.0))] * len(features)
+    )
     torch.testing.assert_close(same, features)
 
 
@@ -85,7 +87,7 @@ def test_masks_leave_padding_and_the_original_alone() -> None:
     features = torch.randn(2, 50, 80)
     frames = torch.tensor([50, 20])
     before = features.clone()
-    masked = mask_features(features, frames, np.random.default_rng(0), SETTINGS)
+    masked = mask_features(features, frames, np.random.default_rng(0), [SETTINGS] * len(frames))
     assert torch.equal(features, before)
     assert torch.equal(masked[1, 20:], features[1, 20:])
     assert not torch.equal(masked, features)

@@ -120,17 +120,17 @@ def join(clips: list[Waveform], rng: np.random.Generator) -> Waveform:
     return np.concatenate(parts[:-1])
 
 
-def stretch_formants(log_mel: Tensor, rng: np.random.Generator, settings: Augmentation) -> Tensor:
+def stretch_formants(log_mel: Tensor, rng: np.random.Generator, settings: Sequence[Augmentation]) -> Tensor:
     """Move the bands of each clip of [P, F, 80] as a longer or shorter vocal tract would; a new tensor.
 
-    Unlike `change_speed` it leaves tempo and pitch alone (vocal tract length perturbation, Jaitly and Hinton
-    2013, with linear interpolation between bands).
+    settings: of each clip. Unlike `change_speed` it leaves tempo and pitch alone (vocal tract length
+    perturbation, Jaitly and Hinton 2013, with linear interpolation between bands).
     """
     hz = band_centres(log_mel.shape[2])
     bands = np.arange(len(hz))
     mix = np.zeros((len(log_mel), len(hz), len(hz)), dtype=np.float32)
-    for matrix in mix:
-        factor = np.exp(rng.uniform(*np.log(settings.tract)))
+    for matrix, own in zip(mix, settings, strict=True):
+        factor = np.exp(rng.uniform(*np.log(own.tract)))
         position = np.interp(hz * factor, hz, bands)
         low = position.astype(int)
         matrix[low, bands] = 1.0 - (position - low)
@@ -140,18 +140,21 @@ def stretch_formants(log_mel: Tensor, rng: np.random.Generator, settings: Augmen
 
 
 def mask_features(
-    log_mel: Tensor, frames: Tensor, rng: np.random.Generator, settings: Augmentation
+    log_mel: Tensor, frames: Tensor, rng: np.random.Generator, settings: Sequence[Augmentation]
 ) -> Tensor:
-    """SpecAugment (arXiv 1904.08779) on features [P, F, 80] with `frames` [P] real ones; a new tensor."""
+    """SpecAugment (arXiv 1904.08779) on features [P, F, 80] with `frames` [P] real ones; a new tensor.
+
+    settings: of each clip.
+    """
     masked = log_mel.clone()
-    for clip, n in zip(masked, frames.tolist(), strict=True):
+    for clip, n, own in zip(masked, frames.tolist(), settings, strict=True):
         fill = clip[:n].mean()
-        for _ in range(settings.frequency_masks):
-            width = int(rng.integers(0, settings.frequency_width + 1))
+        for _ in range(own.frequency_masks):
+            width = int(rng.integers(0, own.frequency_width + 1))
             start = int(rng.integers(0, clip.shape[1] - width + 1))
             clip[:n, start : start + width] = fill
-        for _ in range(settings.time_masks):
-            width = int(rng.integers(0, int(n * settings.time_width) + 1))
+        for _ in range(own.time_masks):
+            width = int(rng.integers(0, int(n * own.time_width) + 1))
             start = int(rng.integers(0, n - width + 1))
             clip[start : start + width] = fill
     return masked

@@ -15,7 +15,7 @@ def train(
     core: str = "nano",
     data_root: Path | None = None,
     out: Path = Path("runs/speech_adapter"),
-    steps: int = 1380,
+    steps: int = 6400,
     lr: float = 3e-3,
     seed: int = 0,
     encoder: str = "conformer",

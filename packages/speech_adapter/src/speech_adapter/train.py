@@ -41,23 +41,30 @@ from speech_adapter.corpus import (
 from speech_adapter.ctc import PhonemeHead
 from speech_adapter.recording import RecordingAdapter
 
+GENTLE = Augmentation(
+    speed=(0.9, 1.12), equaliser_db=3.0, telephone=0.1, reverberation=0.05, noise=0.25,
+    noise_snr_db=(15.0, 40.0), tract=(0.94, 1.07), frequency_masks=1, time_masks=0,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Recipe:
     """What a batch holds and how the two losses are weighed; steps and learning rate are FitConfig's."""
 
-    listening_fraction: float = 0.565  # of all steps: the first stage
+    listening_fraction: float = 0.72  # of all steps: the first stage
     align_fraction: float = 0.12  # of the second stage: CTC alone, until the outputs resemble embeddings
     core_lr_scale: float = 0.5  # learning rate of the second stage
     ctc_weight: float = 0.5  # beside the core's loss
-    recorded: int = 20  # clips of each kind per two steps
-    digits: int = 6
-    commands: int = 16
-    questions: int = 12
+    recorded: int = 10  # clips of each kind per two steps: many small steps teach more than few large ones
+    digits: int = 2
+    commands: int = 11
+    questions: int = 6
     join_probability: float = 0.4  # of a recorded digit: followed by one to three more
     n_synthetic: int = 16_000
     max_seconds: float = 4.5
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    augmentation: Augmentation = field(default_factory=Augmentation)  # of recorded clips
+    gentle: Augmentation = GENTLE  # of most synthetic ones: their voices differ enough
+    rough_share: float = 0.15  # of the synthetic clips: augmented like recorded ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +74,7 @@ class Example:
     clip: Spoken
     waveform: np.ndarray
     starts: np.ndarray | None
+    augmentation: Augmentation
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +144,10 @@ class EncoderTask:
         return sorted((e for e in examples if len(e.waveform) <= limit), key=lambda e: len(e.waveform))
 
     def _example(self, clip: Spoken, rng: np.random.Generator) -> Example:
-        waveform, moved = augment(clip.waveform(), rng, self.recipe.augmentation)
-        return Example(clip, waveform, None if clip.starts is None else moved(clip.starts))
+        rough = clip.starts is None or rng.random() < self.recipe.rough_share
+        chosen = self.recipe.augmentation if rough else self.recipe.gentle
+        waveform, moved = augment(clip.waveform(), rng, chosen)
+        return Example(clip, waveform, None if clip.starts is None else moved(clip.starts), chosen)
 
     def _recorded(self, rng: np.random.Generator) -> Spoken:
         _, own = self.recorded[int(rng.integers(len(self.recorded)))]
@@ -157,7 +167,7 @@ class EncoderTask:
 
     def _view(self, batch: SpeechBatch) -> tuple[RecordingAdapter, list[Audio]]:
         rng = np.random.default_rng((self.seed, batch.step, 1))
-        settings = self.recipe.augmentation
+        settings = [example.augmentation for example in batch.examples]
 
         def disturb(inputs: SpeechInputs) -> SpeechInputs:
             stretched = stretch_formants(inputs.log_mel, rng, settings)
@@ -310,7 +320,7 @@ def train(
 
 
 def _fit_config(out: Path, steps: int, lr: float, seed: int) -> FitConfig:
-    return FitConfig(out=out, steps=steps, lr=lr, warmup=min(80, steps // 5 + 1), save_every=100, seed=seed)
+    return FitConfig(out=out, steps=steps, lr=lr, warmup=min(150, steps // 5 + 1), save_every=400, seed=seed)
 
 
 def _hand_over(first: EncoderTask, second: EncoderTask) -> None:
