@@ -1,6 +1,7 @@
 """A smaller guard out of a guard: pruned, healed by distillation from what it was, quantised."""
 
 import copy
+import math
 import os
 import random
 from collections.abc import Sequence
@@ -81,9 +82,9 @@ def compress(
     small = Guard(core, tokenizer, policy, guard.threshold)
     stages.append(Stage("pruned", saved_bytes(core), measure(small, held_out)))
     if config.steps:
-        taught = [
-            (with_opinions(guard, rows, config.out / "opinions.jsonl"), amount) for rows, amount in parts
-        ]
+        cache = config.out / "opinions.jsonl"
+        shown = _shown(parts, config.steps * settings.batch, settings.seed)
+        taught = [(with_opinions(guard, rows, cache), amount) for rows, amount in shown]
         recipe = Recipe(
             dropout=0.0, token_dropout=0.0, average_decay=settings.average_decay, batch=settings.batch,
             seed=settings.seed,
@@ -105,6 +106,20 @@ def compress(
         small = Guard(core, tokenizer, policy, guard.threshold)
         stages.append(Stage(settings.scheme, saved_bytes(core), measure(small, held_out)))
     return small, stages
+
+
+def _shown(
+    parts: Sequence[tuple[Sequence[Example], int | None]], rows: int, seed: int
+) -> list[tuple[list[Example], int | None]]:
+    """As many examples of each part as that many rows show: of others the teacher need not be asked."""
+    epochs = rows / sum(amount or len(part) for part, amount in parts)
+    rng = random.Random(f"shown-{seed}")
+    found: list[tuple[list[Example], int | None]] = []
+    for part, amount in parts:
+        needed = min(len(part), math.ceil((amount or len(part)) * epochs))
+        chosen = rng.sample(list(part), needed)
+        found.append((chosen, amount if epochs >= 1 else None))
+    return found
 
 
 def _sample(guard: Guard, examples: Sequence[Example], settings: Compression, core: Llama) -> list[Batch]:

@@ -6,7 +6,7 @@ mean size of what it adds to the residual stream.
 Axes: B conversations, T positions, C model width, F width of the feed-forward block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,7 +97,7 @@ def neuron_importance(core: Llama, batches: Sequence[Batch]) -> list[Tensor]:
     sums = [torch.zeros(b.mlp.down_proj.in_features, device=_device(core)) for b in core.layers]
     real: list[Tensor] = []
 
-    def count(layer: int) -> object:
+    def count(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             sums[layer] += inputs[0][real[-1]].float().abs().sum(0)
 

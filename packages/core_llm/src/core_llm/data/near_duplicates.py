@@ -9,6 +9,7 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from core_llm.errors import UserError
 
@@ -67,19 +68,26 @@ class NearDuplicates:
 
     def add(self, text: str) -> int:
         """Number of the text in the index, counted from 0."""
-        grams = shingles(text)
+        grams, signature = _prepared(text)
         self._known.append(grams)
         if grams:
-            self._lsh.insert(len(self._known) - 1, _signature(grams))
+            self._lsh.insert(len(self._known) - 1, signature)
         return len(self._known) - 1
 
     def find(self, text: str) -> list[int]:
         """Numbers of the texts that this one is a near-duplicate of, in order."""
-        grams = shingles(text)
+        grams, signature = _prepared(text)
         if not grams:
             return []
-        proposed = sorted(self._lsh.query(_signature(grams)))
+        proposed = sorted(self._lsh.query(signature))
         return [i for i in proposed if overlap(grams, self._known[i]) >= self.threshold]
+
+
+@lru_cache(maxsize=4)  # a text is often asked for in several indexes, and then added to one
+def _prepared(text: str) -> tuple[frozenset[str], object]:
+    """n-grams and signature of a text."""
+    grams = shingles(text)
+    return grams, _signature(grams) if grams else None
 
 
 def _signature(grams: frozenset[str]) -> object:
