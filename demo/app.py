@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from core_llm.adapters import Assistant
     from guard import Guard
 
-_SIDES = {"check what I say": "input", "check the answer": "output"}
+_SIDES = {"check what I say": "input", "check the answer": "output"}  # both, one, or none
 _EXAMPLE_SCENES = (
     (0, "what color is the shape?"),
     (1, "how many shapes are there?"),

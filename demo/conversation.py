@@ -22,13 +22,15 @@ SOUNDS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".webm"})
 class Turn:
     """One step of an answer: the text so far, and what the guard said (None: it did not look).
 
-    withheld: the guard put its refusal in place of an answer.
+    withheld: the guard put its refusal in place of an answer. blocked: the side that it refused, "input" or
+    "output".
     """
 
     text: str
     input_verdict: "Verdict | None" = None
     output_verdict: "Verdict | None" = None
     withheld: bool = False
+    blocked: str | None = None
 
 
 def user_message(text: str, files: Sequence[str]) -> Message:
@@ -69,23 +71,12 @@ def answer(
     from guard import GuardedAssistant
 
     guarded = GuardedAssistant(assistant, guard, on=set(on))
-    text = ""
-    for turn in _streamed(guarded.stream(conversation, settings)):
-        text = turn.text
-        yield turn
-    heard = guarded.as_text(conversation)
-    asked = verdict(guard, heard) if "input" in on else None
-    if text.endswith(guarded.refusal):
-        yield Turn(text, asked, withheld=True)
-        return
-    yield Turn(text, asked, verdict(guard, [*heard, Message("assistant", text)]) if "output" in on else None)
-
-
-def verdict(guard: "Guard", conversation: Sequence[Message]) -> "Verdict | None":
-    """The guard's verdict, None where there is no text for it to read."""
-    if not conversation or not conversation[-1].text.strip():
-        return None
-    return guard.classify([conversation])[0]
+    seen: dict[str, Verdict] = {}
+    turn = Turn("")
+    for turn in _streamed(guarded.stream(conversation, settings, on_verdict=seen.__setitem__)):
+        yield Turn(turn.text, seen.get("input"), seen.get("output"))
+    blocked = next((side for side, verdict in seen.items() if verdict.unsafe), None)
+    yield Turn(turn.text, seen.get("input"), seen.get("output"), blocked is not None, blocked)
 
 
 def _streamed(pieces: Iterator[Any]) -> Iterator[Turn]:

@@ -46,8 +46,20 @@ def guard_line(turn: Turn) -> str:
         if verdict is not None
     ]
     if turn.withheld:
-        said.append('<span class="badge unsafe">answer withheld</span>')
-    return f'<div class="guard-line">{" ".join(said)}</div>' if said else ""
+        what = {"input": "your message was blocked", "output": "the answer was blocked"}
+        said.append(f'<span class="badge unsafe">{what.get(turn.blocked or "", "answer withheld")}</span>')
+    line = f'<div class="guard-line">{" ".join(said)}</div>' if said else ""
+    return line + _scores(turn)
+
+
+def _scores(turn: Turn) -> str:
+    """All scores behind the line, to be opened: of the message, and of the answer where it was judged."""
+    shown = [
+        f"<p>{side}</p>{bars(verdict)}"
+        for side, verdict in (("you", turn.input_verdict), ("answer", turn.output_verdict))
+        if verdict is not None
+    ]
+    return f"<details><summary>scores</summary>{''.join(shown)}</details>" if shown else ""
 
 
 def results_files(work: Path) -> list[Path]:

@@ -76,7 +76,8 @@ def test_guard_withholds_unsafe_questions_and_answers() -> None:
     assert asked.input_verdict.unsafe
     assert "fine" not in asked.text
     answered = last(conversation.answer(Says("bad"), guard, [Message("user", "x")], both))
-    assert answered.withheld
+    assert answered.withheld and answered.blocked == "output"
+    assert answered.output_verdict.unsafe and "the answer was blocked" in views.guard_line(answered)
     assert "bad" not in answered.text
     clean = last(conversation.answer(Says("fine"), guard, [Message("user", "x")], both))
     assert (clean.text, clean.withheld) == ("fine", False)
@@ -108,7 +109,7 @@ def test_refused_turn_is_shown_but_not_remembered() -> None:
     _, shown, history, line = respond(Says("blue"), Guards("bad"), {"text": "bad"}, [], sides)
     assert len(shown) == 2
     assert history == []
-    assert "withheld" in line
+    assert "your message was blocked" in line and "<summary>scores" in line
 
 
 def test_corrupt_image_leaves_the_conversation_as_it_was(tmp_path: Path) -> None:

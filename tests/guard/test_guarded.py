@@ -1,4 +1,6 @@
+import asyncio
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,3 +128,39 @@ def test_a_real_assistant_behind_a_real_guard_fails_closed() -> None:
     guard = tiny_guard()
     guarded = GuardedAssistant(Assistant(guard.core, guard.tokenizer), guard)
     assert guarded.generate([ask("hello")]) == [REFUSAL]  # a random guard gives no verdict
+
+
+def test_asynchronous_calls_are_guarded_like_the_others(word_guard: WordGuard) -> None:
+    guarded = GuardedAssistant(Script("take a bomb"), word_guard, every=4, hold_back=4)
+
+    async def both() -> tuple[list[str], str]:
+        streamed = [piece async for piece in guarded.astream(ask("hello"))]
+        return await guarded.agenerate([ask("hello"), ask("a bomb")]), "".join(streamed)
+
+    answers, streamed = asyncio.run(both())
+    assert answers == [REFUSAL, REFUSAL]
+    assert streamed.endswith(REFUSAL) and "bomb" not in streamed
+
+
+def test_an_answer_of_invisible_characters_is_not_said_unjudged(word_guard: WordGuard) -> None:
+    hidden = "".join(chr(0xE0000 + ord(c)) for c in "bomb") * 100
+    guarded = GuardedAssistant(Script(hidden), word_guard)
+    assert guarded.generate([ask("hello")]) == [""]
+    assert "".join(guarded.stream(ask("hello"))) == ""
+
+
+class Breaks(WordGuard):
+    """Judges the question, then fails."""
+
+    def classify(self, *args: Any, **more: Any) -> Any:
+        if self.seen:
+            raise RuntimeError("gone")
+        return super().classify(*args, **more)
+
+
+def test_a_guard_that_fails_lets_nothing_out() -> None:
+    released = []
+    with pytest.raises(RuntimeError):
+        for piece in GuardedAssistant(Script("words " * 100), Breaks()).stream(ask("hello")):
+            released.append(piece)
+    assert released == []

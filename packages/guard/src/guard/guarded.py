@@ -4,7 +4,9 @@ Spoken parts are judged by what the assistant itself recognises in them, and ima
 guard reads text. With readers (`guard.multimodal`) both are read first, and what nobody can read is refused.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,8 +15,11 @@ from core_llm.errors import UserError
 from core_llm.sampling import Sampling
 from guard.guard import Guard, Verdict
 from guard.multimodal import Heard, Readers, marked, put_into_words
+from guard.prompt import plain
+from guard.windows import EVERY, HOLD_BACK, Window
 
 SIDES = ("input", "output")
+OnVerdict = Callable[[str, Verdict], object]
 REFUSAL = "I can't help with that."
 # The prompt with which the core learnt to repeat speech.
 TRANSCRIBE = "Repeat after me in English:"
@@ -58,13 +63,13 @@ class GuardedAssistant:
 
     def __init__(
         self, assistant: Speaker, guard: Guard, on: Collection[str] = SIDES,
-        refusal: str = REFUSAL, every: int = 120, hold_back: int = 40, readers: Readers | None = None,
+        refusal: str = REFUSAL, every: int = EVERY, hold_back: int = HOLD_BACK,
+        readers: Readers | None = None,
     ) -> None:  # fmt: skip
         unknown = sorted(set(on) - set(SIDES))
         if unknown or not on or isinstance(on, str):
             raise UserError(f"a guard checks {' and '.join(SIDES)}, not {', '.join(unknown) or repr(on)}")
-        if every < 1 or hold_back < 0:
-            raise UserError("every must be at least 1 character, hold_back not negative")
+        Window(every, hold_back)  # raises for numbers that make no sense
         self.assistant, self.guard = assistant, guard
         self.on, self.refusal = frozenset(on), refusal
         self.every, self.hold_back = every, hold_back
@@ -92,16 +97,27 @@ class GuardedAssistant:
         judged = self._judge_outputs([heard[row] for row in passed], texts)
         for row, text, verdict in zip(passed, texts, judged, strict=True):
             blocked = verdict is not None and verdict.unsafe
+            if verdict is None and "output" in self.on:
+                text = ""  # nothing in it could be judged, so nothing of it is said
             found[row] = Answer(
                 self.refusal if blocked else text, "output" if blocked else None, verdict or verdicts[row]
             )
         return [answer for answer in found if answer is not None]
 
-    def stream(self, conversation: Sequence[Message], settings: Sampling | None = None) -> Iterator[str]:
-        """Yield checked text only; an unsafe continuation ends the answer with the refusal."""
+    def stream(
+        self,
+        conversation: Sequence[Message],
+        settings: Sampling | None = None,
+        on_verdict: OnVerdict | None = None,
+    ) -> Iterator[str]:
+        """Yield checked text only; an unsafe continuation ends the answer with the refusal.
+
+        on_verdict: is told each verdict as it is given, with the side that it is on ("input" or "output").
+        """
         (reading,) = self._hear([conversation])
-        heard = list(reading.messages)
         verdict = self._judge_inputs([reading])[0]
+        if verdict is not None and on_verdict is not None:
+            on_verdict("input", verdict)
         if verdict is not None and verdict.unsafe:
             yield self.refusal
             return
@@ -109,22 +125,62 @@ class GuardedAssistant:
         if "output" not in self.on:
             yield from pieces
             return
-        said, checked, released = "", 0, 0
+        yield from self._watched(list(reading.messages), pieces, on_verdict)
+
+    def _watched(
+        self, heard: list[Message], pieces: Iterator[str], on_verdict: OnVerdict | None
+    ) -> Iterator[str]:
+        """The answer as far as it was judged safe; a guard that fails ends it, and nothing more is shown."""
+        window = Window(self.every, self.hold_back)
+
+        def unsafe() -> bool:
+            verdict = self._judge_outputs([heard], [window.to_judge])[0]
+            if verdict is not None and on_verdict is not None:
+                on_verdict("output", verdict)
+            return verdict is not None and verdict.unsafe
+
         for piece in pieces:
-            said += piece
-            if len(said) - checked < self.every:
+            if not window.add(piece) or not _readable(window.to_judge):
                 continue
-            if self._unsafe_output(heard, said):
-                yield self._break_off(released)
+            if unsafe():
+                yield self._break_off(window.released)
                 return
-            checked = len(said)
-            if checked - self.hold_back > released:
-                yield said[released : checked - self.hold_back]
-                released = checked - self.hold_back
-        if checked < len(said) and self._unsafe_output(heard, said):
-            yield self._break_off(released)
-        elif released < len(said):
-            yield said[released:]
+            if shown := window.passed():
+                yield shown
+        if window.unchecked and unsafe():
+            yield self._break_off(window.released)
+        elif _readable(window.text) and (shown := window.passed(end=True)):
+            yield shown
+
+    async def aanswer(
+        self, conversations: Sequence[Sequence[Message]], settings: Sampling | None = None
+    ) -> list[Answer]:
+        """`answer` for asynchronous programs: in a thread, with the same checks."""
+        return await asyncio.to_thread(self.answer, conversations, settings)
+
+    async def agenerate(
+        self, conversations: Sequence[Sequence[Message]], settings: Sampling | None = None
+    ) -> list[str]:
+        """`generate` for asynchronous programs."""
+        return [answer.text for answer in await self.aanswer(conversations, settings)]
+
+    async def astream(
+        self,
+        conversation: Sequence[Message],
+        settings: Sampling | None = None,
+        on_verdict: OnVerdict | None = None,
+    ) -> AsyncIterator[str]:
+        """`stream` for asynchronous programs; each piece is made in a thread, the loop stays free."""
+        pieces = self.stream(conversation, settings, on_verdict)
+        try:
+            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                yield piece
+        finally:
+            close = getattr(pieces, "close", None)
+            if close is not None:
+                # Where the reader left during a step, that step still runs: its generator cannot be closed.
+                with contextlib.suppress(ValueError):
+                    close()
 
     def _break_off(self, released: int) -> str:
         return f"\n{self.refusal}" if released else self.refusal
@@ -171,14 +227,15 @@ class GuardedAssistant:
             return [None] * len(texts)
         return self._judge([[*h, Message("assistant", t)] for h, t in zip(heard, texts, strict=True)])
 
-    def _unsafe_output(self, heard: list[Message], said: str) -> bool:
-        verdict = self._judge_outputs([heard], [said])[0]
-        return verdict is not None and verdict.unsafe
-
     def _judge(self, conversations: Sequence[Sequence[Message]]) -> list[Verdict | None]:
         verdicts: list[Verdict | None] = [None] * len(conversations)
-        # An image alone, or an empty answer, holds nothing that could be judged or released.
-        rows = [i for i, messages in enumerate(conversations) if messages and messages[-1].text.strip()]
+        # An image alone, or an answer without a visible character, holds nothing that could be judged.
+        rows = [i for i, messages in enumerate(conversations) if messages and _readable(messages[-1].text)]
         for row, verdict in zip(rows, self.guard.classify([conversations[i] for i in rows]), strict=True):
             verdicts[row] = verdict
         return verdicts
+
+
+def _readable(text: str) -> bool:
+    """Whether a guard would see anything of it: invisible characters are dropped before it reads."""
+    return bool(plain(text).strip())
