@@ -74,19 +74,23 @@ def classify(
 
 
 def _engine(engine: str, model: str, engine_model: str | None, batch_size: int) -> "Engine":
-    from core_llm.errors import UserError
-
-    if engine != "local":
-        from guard.engine_openai import OpenAICompatibleEngine
-
-        key = os.environ.get(KEY_VARIABLE)
-        return OpenAICompatibleEngine.connect(engine, model, engine_model, api_key=key, batch_size=batch_size)
-    if engine_model is not None:
-        raise UserError("--engine-model names a guard on a server: give its address with --engine")
+    if engine != "local" or engine_model is not None:
+        return remote_engine(engine, model, engine_model, batch_size)
     from guard.engine import LocalEngine
     from guard.guard import Guard
 
     return LocalEngine(Guard.load(model), batch_size)
+
+
+def remote_engine(address: str, model: str, engine_model: str | None, batch_size: int) -> "Engine":
+    """The engine at an address; `model` says how it is asked. Raises `UserError` for what is no address."""
+    from core_llm.errors import UserError
+    from guard.engine_openai import OpenAICompatibleEngine
+
+    if address == "local":
+        raise UserError("--engine-model names a guard on a server: give its address with --engine")
+    key = os.environ.get(KEY_VARIABLE)
+    return OpenAICompatibleEngine.connect(address, model, engine_model, api_key=key, batch_size=batch_size)
 
 
 def _print_table(conversations: "list[list[Message]]", verdicts: "list[Verdict]", policy: "Policy") -> None:

@@ -48,6 +48,9 @@ class ServeOptions:
         drain: Seconds after SIGTERM for which requests that were let in are still answered.
         in_process: Run the model in the service's own process; otherwise in one of its own, which is started
             again if it dies.
+        engine: local, or the address of a vLLM server that runs the guard, such as http://localhost:8000/v1;
+            --model then only says how it is asked. Its key is read from the variable GUARD_ENGINE_KEY.
+        engine_model: Name of the guard on that server, by default the first that it lists.
         otlp: OpenTelemetry collector for traces, such as http://localhost:4318/v1/traces (guard[otel]).
     """
 
@@ -71,6 +74,8 @@ class ServeOptions:
     notice: float = 0.0
     drain: float = 30.0
     in_process: bool = False
+    engine: str = "local"
+    engine_model: str | None = None
     otlp: str | None = None
 
 
@@ -163,13 +168,16 @@ def _engine(options: ServeOptions) -> "Engine":
     from functools import partial
 
     from core_llm.errors import UserError
+    from guard.cli_classify import remote_engine
     from guard.engine import EngineError
     from guard.service.process import ProcessEngine
 
     load = partial(load_engine, options.model, options.batch)
-    if options.in_process:
-        return load()
     try:
+        if options.engine != "local" or options.engine_model is not None:
+            return remote_engine(options.engine, options.model, options.engine_model, options.batch)
+        if options.in_process:
+            return load()
         return ProcessEngine(load)
     except EngineError as error:
         raise UserError(str(error)) from error
