@@ -1,5 +1,6 @@
 """Figures of the report as inline SVG, drawn by matplotlib without a display."""
 
+import hashlib
 import io
 import re
 from collections.abc import Sequence
@@ -14,11 +15,21 @@ from evals.scorecard import SECTIONS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, MUTED, GRID = "#1d2433", "#7b8496", "#e6e9ef"
-SECTION_COLORS = {"text": "#3b6fd4", "vision": "#0f8f7e", "speech": "#b4530f", "safety": "#8a3ffc"}
+INK, MUTED, GRID, SHADE, PAPER = "#1d2433", "#7b8496", "#e6e9ef", "#c3c9d4", "#ffffff"
+SECTION_COLORS = {
+    "text": "#3b6fd4",
+    "vision": "#0f8f7e",
+    "speech": "#b4530f",
+    "safety": "#8a3ffc",
+    "speed": "#5b6472",
+}
+# The page's own colours take these places, so that figures follow its dark and light looks.
+_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", SHADE: "shade", PAPER: "paper"} | {
+    color: name for name, color in SECTION_COLORS.items()
+}
 
 
-def _new(width: float, height: float) -> tuple["Figure", Any]:
+def new(width: float, height: float) -> tuple["Figure", Any]:
     """A figure with the report's look; size in inches."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -26,6 +37,7 @@ def _new(width: float, height: float) -> tuple["Figure", Any]:
     matplotlib.rcParams.update(
         {
             "svg.fonttype": "none",
+            "svg.hashsalt": "evals",
             "font.family": "sans-serif",
             "font.size": 10,
             "text.color": INK,
@@ -50,7 +62,10 @@ def svg(figure: "Figure") -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    prefix = f"f{abs(hash(text)) % 10**8}-"
+    for color, name in _VARIABLES.items():
+        text = text.replace(color, f"var(--{name})")
+    # Of the content, not of the process: the same report is the same file.
+    prefix = f"f{hashlib.sha256(text.encode()).hexdigest()[:8]}-"
     text = re.sub(r'id="', f'id="{prefix}', text)
     text = re.sub(r'href="#', f'href="#{prefix}', text)
     return re.sub(r"url\(#", f"url(#{prefix}", text)
@@ -61,19 +76,19 @@ def overview(entries: Sequence[Entry]) -> str:
     shown = [e for e in entries if next(iter(e["metrics"])) != "perplexity"]
     shown = [e for e in shown if next(iter(e["metrics"].values()))["value"] is not None]
     shown = sorted(shown, key=lambda e: SECTIONS.index(e["section"]))[::-1]
-    figure, axes = _new(8.6, 0.9 + 0.46 * max(len(shown), 1))
+    figure, axes = new(8.6, 0.9 + 0.46 * max(len(shown), 1))
     for y, entry in enumerate(shown):
         metric, estimate = next(iter(entry["metrics"].items()))
         color = SECTION_COLORS[entry["section"]]
         for control in entry["controls"].values():
-            other = control["metrics"][metric]
-            if other["value"] is None:
+            other = control["metrics"].get(metric)
+            if other is None or other["value"] is None:
                 continue
             is_control = control["role"] == "control"
-            axes.plot(other["ci95"], [y, y], color="#c3c9d4", linewidth=5, solid_capstyle="round", zorder=2)
+            axes.plot(other["ci95"], [y, y], color=SHADE, linewidth=5, solid_capstyle="round", zorder=2)
             axes.plot(
                 other["value"], y, marker="D" if is_control else "o", markersize=6, zorder=3, ls="none",
-                markerfacecolor=MUTED if is_control else "white", markeredgecolor=MUTED, markeredgewidth=1.4,
+                markerfacecolor=MUTED if is_control else PAPER, markeredgecolor=MUTED, markeredgewidth=1.4,
             )  # fmt: skip
         axes.plot(estimate["ci95"], [y, y], color=color, linewidth=2.4, solid_capstyle="round", zorder=4)
         axes.plot(estimate["value"], y, marker="o", markersize=9, color=color, zorder=5)
@@ -102,7 +117,7 @@ def _legend(axes: Any) -> None:
             [],
             [],
             marker="D",
-            color="#c3c9d4",
+            color=SHADE,
             markerfacecolor=MUTED,
             markeredgecolor=MUTED,
             linewidth=5,
@@ -112,8 +127,8 @@ def _legend(axes: Any) -> None:
             [],
             [],
             marker="o",
-            color="#c3c9d4",
-            markerfacecolor="white",
+            color=SHADE,
+            markerfacecolor=PAPER,
             markeredgecolor=MUTED,
             linewidth=5,
             label="reference",
@@ -125,7 +140,7 @@ def _legend(axes: Any) -> None:
 def by_kind(entry: Entry) -> str:
     """The headline per slice of the rows."""
     kinds = list(entry["kinds"].items())[::-1]
-    figure, axes = _new(4.6, 0.7 + 0.34 * len(kinds))
+    figure, axes = new(4.6, 0.7 + 0.34 * len(kinds))
     color = SECTION_COLORS[entry["section"]]
     metric = next(iter(kinds[0][1]["metrics"]))
     for y, (_, kind) in enumerate(kinds):
@@ -142,7 +157,7 @@ def by_kind(entry: Entry) -> str:
 
 def precision_recall(probability: np.ndarray, label: np.ndarray) -> str:
     """Precision over recall, with the base rate as the line that ranking at random gives."""
-    figure, axes = _new(3.9, 3.2)
+    figure, axes = new(3.9, 3.2)
     order = np.argsort(-probability, kind="stable")
     hits = np.cumsum(label[order])
     ends = np.flatnonzero(np.append(np.diff(probability[order]) != 0, True))
@@ -156,7 +171,7 @@ def precision_recall(probability: np.ndarray, label: np.ndarray) -> str:
 
 def reliability(probability: np.ndarray, label: np.ndarray) -> str:
     """Share that is unsafe in each bin of P(unsafe); bars below show how many rows a bin holds."""
-    figure, axes = _new(3.9, 3.2)
+    figure, axes = new(3.9, 3.2)
     which = np.minimum((probability * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     count = np.bincount(which, minlength=CALIBRATION_BINS)
     centre = (np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS

@@ -1,29 +1,30 @@
 """One HTML file that needs nothing else: scorecard, plots, and the samples behind them."""
 
-import base64
 import html
-import io
 import json
-import random
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core_llm.chat import Audio, Image, Text
 from core_llm.files import write_text
 from evals import plots, scorecard
+from evals.report_samples import FAILURES_SHOWN, OTHERS_SHOWN, Media, browser_rows
 from evals.results import Entry
 from evals.runner import Evaluation
-from evals.tasks.base import Output, Sample
+from evals.scorecard import Row
 
-# Failures and others that the browser of samples holds per task, so that the file stays small.
-FAILURES_SHOWN, OTHERS_SHOWN = 80, 40
-_IMAGE_SIDE = 320  # pixels; larger images are scaled down for the report
-_AUDIO_TYPES = {".ogg": "audio/ogg", ".wav": "audio/wav", ".mp3": "audio/mpeg", ".flac": "audio/flac"}
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page that only some reports have. body: HTML."""
+
+    id: str
+    title: str
+    body: str
 
 
 def write(folder: Path, entries: Sequence[Entry], evaluations: Sequence[Evaluation]) -> Path:
@@ -33,23 +34,39 @@ def write(folder: Path, entries: Sequence[Entry], evaluations: Sequence[Evaluati
     return path
 
 
-def page(entries: Sequence[Entry], evaluations: Sequence[Evaluation]) -> str:
-    """The whole report as HTML."""
+def page(
+    entries: Sequence[Entry],
+    evaluations: Sequence[Evaluation],
+    sections: Sequence[Section] = (),
+    rows: Sequence[Row] | None = None,
+) -> str:
+    """The whole report as HTML. sections: stand before the table; rows: its rows, by default the tasks'."""
     template = files("evals").joinpath("report.html").read_text(encoding="utf-8")
-    media = _Media()
-    samples = [row for evaluation in evaluations for row in _shown(evaluation, media)]
+    media = Media()
+    samples = browser_rows(evaluations, media)
     fields = {
         "SUBTITLE": _subtitle(entries),
+        "NAVIGATION": "".join(f'<a href="#{s.id}">{html.escape(s.title.lower())}</a>' for s in sections),
         "SUMMARY": _summary(entries),
-        "SCORECARD": table(entries),
+        "SECTIONS": "".join(f'<h2 id="{s.id}">{html.escape(s.title)}</h2>{s.body}' for s in sections),
+        "SCORECARD": table(entries, rows),
         "OVERVIEW": plots.overview(entries),
         "DETAILS": "".join(_detail(e, v) for e, v in zip(entries, evaluations, strict=True)),
         "PROVENANCE": _provenance(entries),
+        "KEPT": _kept(media),
         "DATA": _script_json({"samples": samples, "media": media.uris}),
     }
     for name, value in fields.items():
         template = template.replace(f"<!--{name}-->", value)
     return template
+
+
+def _kept(media: Media) -> str:
+    """What of the rows the file holds."""
+    said = f"Per task at most {FAILURES_SHOWN} failures and {OTHERS_SHOWN} other rows are kept in this file."
+    if media.left_out:
+        said += f" {media.left_out:,} pictures or sounds are left out, so that it stays small."
+    return said
 
 
 def _script_json(value: Any) -> str:
@@ -91,20 +108,18 @@ def _summary(entries: Sequence[Entry]) -> str:
     return "".join(tiles)
 
 
-def table(entries: Sequence[Entry]) -> str:
+def table(entries: Sequence[Entry], rows: Sequence[Row] | None = None) -> str:
     """The scorecard as an HTML table."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in scorecard.COLUMNS)
     body, section = [], ""
-    for row in scorecard.rows(entries):
+    for row in scorecard.rows(entries) if rows is None else rows:
         if row.section != section:
             section = row.section
             body.append(
                 f'<tr class="section {section}"><td colspan="{len(scorecard.COLUMNS)}">{section}</td></tr>'
             )
         cells = row.cells()
-        badge = (
-            f'<span class="badge {"doubt" if row.verdict == "no evidence" else "good"}">{row.verdict}</span>'
-        )
+        badge = f'<span class="badge {badge_class(row.verdict)}">{row.verdict}</span>'
         shown = [html.escape(cell) for cell in cells[:-1]] + [badge if row.verdict else ""]
         body.append(
             f'<tr class="{"main" if row.main else "more"}">'
@@ -112,6 +127,11 @@ def table(entries: Sequence[Entry]) -> str:
             + "</tr>"
         )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def badge_class(verdict: str) -> str:
+    """The look of a verdict."""
+    return {"no evidence": "doubt", "gap": "bad", "no gap seen": "none"}.get(verdict, "good")
 
 
 def _detail(entry: Entry, evaluation: Evaluation) -> str:
@@ -127,7 +147,7 @@ def _detail(entry: Entry, evaluation: Evaluation) -> str:
     figures = []
     if entry["kinds"]:
         figures.append(("by kind of row", plots.by_kind(entry)))
-    if evaluation.task.ask == "score":
+    if "probability" in evaluation.rows[0]:
         probability = np.array([row["probability"] for row in evaluation.rows])
         label = np.array([row["label"] for row in evaluation.rows])
         figures.append(("precision and recall", plots.precision_recall(probability, label)))
@@ -181,113 +201,3 @@ def _provenance(entries: Sequence[Entry]) -> str:
         ),
     }
     return "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in shown.items())
-
-
-class _Media:
-    """Data URIs, each stored once however many samples share it."""
-
-    def __init__(self) -> None:
-        self.uris: list[str] = []
-        self._index: dict[int, int] = {}
-
-    def add(self, part: Image | Audio) -> int:
-        """Index of the part's data URI."""
-        if id(part.data) not in self._index:
-            self._index[id(part.data)] = len(self.uris)
-            self.uris.append(image_uri(part) if isinstance(part, Image) else audio_uri(part))
-        return self._index[id(part.data)]
-
-
-def _shown(evaluation: Evaluation, media: _Media) -> list[dict[str, Any]]:
-    """Rows of the sample browser: failures first, then others, each a fixed random choice."""
-    right = [_is_right(row) for row in evaluation.rows]
-    order = list(range(len(right)))
-    random.Random(0).shuffle(order)
-    failures = [i for i in order if right[i] is False][:FAILURES_SHOWN]
-    others = [i for i in order if right[i] is not False][:OTHERS_SHOWN]
-    return [
-        _browser_row(evaluation.task.name, evaluation.samples[i], evaluation.outputs[i], right[i], media)
-        for i in sorted(failures + others)
-    ]
-
-
-def _is_right(row: dict[str, float]) -> bool | None:
-    """None for tasks that have no right or wrong, such as perplexity."""
-    return bool(row["correct"]) if "correct" in row else None
-
-
-def _browser_row(
-    task: str, sample: Sample, output: Output, right: bool | None, media: _Media
-) -> dict[str, Any]:
-    asked: list[dict[str, Any]] = []
-    for message in sample.messages:
-        for part in message.parts:
-            if isinstance(part, Text):
-                asked.append({"role": message.role, "text": part.text})
-            elif isinstance(part, Image | Audio):
-                kind = "image" if isinstance(part, Image) else "audio"
-                asked.append({"role": message.role, kind: media.add(part)})
-    return {
-        "task": task,
-        "id": sample.id,
-        "kind": sample.kind,
-        "asked": asked,
-        "note": sample.note,
-        "target": sample.target,
-        "answer": answer_text(output),
-        "right": right,
-    }
-
-
-def answer_text(output: Output) -> str:
-    """What a model gave, for people."""
-    if "text" in output:
-        return str(output["text"])
-    if "probability" in output:
-        return f"{'unsafe' if output['unsafe'] else 'safe'}, P(unsafe) = {output['probability']:.3f}"
-    if "logprob" in output:
-        return f"{-output['logprob'] / output['tokens']:.3f} nats per token over {output['tokens']} tokens"
-    return "the same bits" if output["equal"] else f"differs by up to {output['max_difference']:.2e}"
-
-
-def image_uri(part: Image) -> str:
-    """A PNG data URI of at most `_IMAGE_SIDE` pixels a side."""
-    import PIL.Image
-
-    data: Any = part.data
-    picture: PIL.Image.Image
-    if isinstance(data, (str, Path)):
-        picture = PIL.Image.open(data)
-    elif isinstance(data, bytes):
-        picture = PIL.Image.open(io.BytesIO(data))
-    else:
-        picture = data if isinstance(data, PIL.Image.Image) else PIL.Image.fromarray(data)
-    picture = picture.convert("RGB")
-    picture.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return _uri("image/png", buffer.getvalue())
-
-
-def audio_uri(part: Audio) -> str:
-    """The file as it is where browsers play it, else Ogg Vorbis."""
-    data: Any = part.data
-    if isinstance(data, (str, Path)) and Path(data).suffix.lower() in _AUDIO_TYPES:
-        return _uri(_AUDIO_TYPES[Path(data).suffix.lower()], _read(str(data)))
-    import soundfile
-
-    rate = part.rate
-    if not isinstance(data, np.ndarray):
-        data, rate = soundfile.read(io.BytesIO(data) if isinstance(data, bytes) else data, dtype="float32")
-    buffer = io.BytesIO()
-    soundfile.write(buffer, data, rate or 16_000, format="OGG", subtype="VORBIS")
-    return _uri("audio/ogg", buffer.getvalue())
-
-
-@lru_cache(maxsize=512)
-def _read(path: str) -> bytes:
-    return Path(path).read_bytes()
-
-
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -31,6 +31,7 @@ def entry(evaluation: "Evaluation", provenance: dict[str, Any]) -> Entry:
         "section": task.section,
         "interval": evaluation.interval,
         "seconds": round(evaluation.seconds, 2),
+        "model_seconds": round(evaluation.model_seconds, 2),
         "provenance": {
             **provenance,
             "source": task.source,
@@ -48,11 +49,13 @@ def write(path: Path, entries: Sequence[Entry]) -> None:
 
 
 def read(path: Path) -> list[Entry]:
-    """Read results.json; raises `UserError` for a file that is not one."""
+    """Read results.json, or the tasks of a scorecard.json; raises `UserError` for a file that is neither."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a results file ({error})") from error
+    if isinstance(entries, dict) and "scorecard" in entries:
+        entries = entries.get("tasks")
     if not isinstance(entries, list) or not all(isinstance(e, dict) and "metrics" in e for e in entries):
         raise UserError(f"{path}: not a results file (expected a list of tasks with metrics)")
     return entries

@@ -7,7 +7,7 @@ from typing import Any
 from core_llm.stats import LOWER_IS_BETTER
 from evals.results import Entry
 
-SECTIONS = ("text", "vision", "speech", "safety")
+SECTIONS = ("text", "vision", "speech", "safety", "speed")
 COLUMNS = ("task", "what", "rows", "metric", "score", "95 % interval", "control", "reference", "verdict")
 _PLAIN = frozenset({"perplexity"})  # not a share: shown as a number
 

@@ -15,6 +15,7 @@ from core_llm import provenance
 from core_llm.chat import Audio, Image
 from core_llm.errors import UserError
 from evals import report, results, run, scorecard
+from evals.report_samples import audio_uri, image_uri
 from evals.tasks import Options, find
 
 
@@ -64,8 +65,8 @@ def test_report_escapes_what_a_model_says() -> None:
 
 
 def test_waveforms_and_pixels_become_data_uris() -> None:
-    assert report.audio_uri(Audio(np.zeros(1600, np.float32), 16_000)).startswith("data:audio/ogg;base64,")
-    assert report.image_uri(Image(np.zeros((700, 500, 3), np.uint8))).startswith("data:image/png;base64,")
+    assert audio_uri(Audio(np.zeros(1600, np.float32), 16_000)).startswith("data:audio/ogg;base64,")
+    assert image_uri(Image(np.zeros((700, 500, 3), np.uint8))).startswith("data:image/png;base64,")
 
 
 def test_scorecard_marks_no_evidence(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
