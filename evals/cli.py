@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from core_llm import cli_tools
+from evals.cli_scorecard import scorecard
 
 
 def run(
@@ -147,6 +148,7 @@ def main() -> None:
             "run": run,
             "quickstart": quickstart,
             "list": list_tasks,
+            "scorecard": scorecard,
             "quantization": quantization,
             "reproduce-nano": reproduce_nano,
         },
