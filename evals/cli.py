@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from core_llm import cli_tools
+from evals.cli_compare import compare as compare_runs
 from evals.cli_scorecard import scorecard
 
 
@@ -20,28 +21,36 @@ def run(
     seed: int = 0,
     records: Path = Path("runs/evals"),
     quantize: Literal["int8", "int4", "fp8"] | None = None,
+    guard: str | None = None,
+    guard_on: str = "input,output",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Run tasks with their controls; the same command run again continues where it stopped.
 
     Args:
         tasks: Names of tasks; `evals list` shows them.
-        model: nano, or a folder with core/, vision_adapter/, speech_adapter/ and guard/; whisper:NAME or
-            whisper:PATH.pt is openai-whisper, for tasks that transcribe speech.
+        model: nano; a folder with core/, vision_adapter/, speech_adapter/ and guard/; a folder or hub id of a
+            Llama; hf:ID is any model of transformers with a chat template; openai:URL[#NAME] a server that
+            speaks OpenAI's protocol; whisper:NAME or whisper:PATH.pt openai-whisper, for transcription.
         data_root: Folder with local copies of the datasets; without it they come from the hub.
         split: Which rows: dev is a fixed part that no trainer sees, all is every row there.
         limit: Ask at most this many rows per task (a fixed random choice).
-        output: Write results.json here.
+        output: Write results.json here, and every answer with its score beside it (.samples.jsonl).
         report: Write an HTML report into this folder.
         seed: Seed of the subset, the shuffled controls and the bootstrap.
         records: Folder where every single answer is kept, for resuming and re-scoring.
         quantize: Bring the core into this form first; `evals quantization` compares all of them.
+        guard: Ask through this guard: nano, a folder, or a hub id.
+        guard_on: Where it checks: input, output, or both with a comma.
+        device: Where the model stands: cpu, cuda, or auto (a GPU where there is one for each process).
     """
     from evals.run import run_tasks
     from evals.tasks import Options, find
 
     chosen = find(tasks)
     options = Options(data_root, split, limit, seed)
-    path = run_tasks(chosen, model, options, records, output, report, quantize)
+    sides = tuple(side.strip() for side in guard_on.split(",")) if guard else ()
+    path = run_tasks(chosen, model, options, records, output, report, quantize, guard, sides, device)
     if output is not None:
         print(f"results: {output}")
     if path is not None:
@@ -148,6 +157,7 @@ def main() -> None:
             "run": run,
             "quickstart": quickstart,
             "list": list_tasks,
+            "compare": compare_runs,
             "scorecard": scorecard,
             "quantization": quantization,
             "reproduce-nano": reproduce_nano,

@@ -199,11 +199,13 @@ def open_model(
 ) -> Model:
     """A model under test, its weights not yet read.
 
-    spec: nano, a folder, a hub id of a Llama, or whisper:NAME. guard: "nano", a folder or a hub id; what is
-    asked and said then passes through it, on the sides that `guard_on` names ("input", "output"; both where
-    it names none).
+    spec: nano, a folder, a hub id of a Llama, hf:ID, openai:URL[#NAME], or whisper:NAME. guard: "nano", a
+    folder or a hub id; what is asked and said then passes through it, on the sides that `guard_on` names
+    ("input", "output"; both where it names none). device: where models that run here stand.
     Raises `UserError` for an unknown name, and `CheckpointError` for a folder without a model.
     """
+    from evals.models_hf import HF, HfModel
+    from evals.models_openai import OPENAI, OpenAIModel
     from evals.peers import WHISPER, WhisperSubject
 
     if guard_on and guard is None:
@@ -211,6 +213,10 @@ def open_model(
     model: Model
     if str(spec).startswith(WHISPER):
         model = WhisperSubject(str(spec), quantization)
+    elif str(spec).startswith(HF):
+        model = HfModel(str(spec), quantization, device)
+    elif str(spec).startswith(OPENAI):
+        model = OpenAIModel(str(spec), quantization)
     else:
         model = Subject(spec, quantization, device)
     if guard is None:
@@ -356,6 +362,58 @@ class Subject:
     def part_hashes(self) -> dict[str, str]:
         """SHA-256 of each part's files (weights, configuration, tokenizer)."""
         return {kind: folder_digest(path) for kind, path in self._folders.items()}
+
+    # The raw side: `TokenModel`.
+
+    @property
+    def begin(self) -> int | None:
+        return self.assistant.tokenizer.bos_id
+
+    @property
+    def end(self) -> int:
+        return self.assistant.tokenizer.end_of_text_id
+
+    @property
+    def context(self) -> int:
+        return self.assistant.core.config.max_positions
+
+    def encode(self, text: str) -> list[int]:
+        return self.assistant.tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.assistant.tokenizer.decode(ids)
+
+    def continuations(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+        """log p(continuation | context) in nats of each, and whether greedy decoding would have said it."""
+        import torch
+
+        from core_llm.generate import Request, hidden_states
+
+        core = self.assistant.core
+        rows = [[*context, *continuation] for context, continuation in pairs]
+        request = Request.of_tokens(rows, core.embed_tokens.weight.device)
+        found = []
+        with torch.inference_mode():
+            hidden = hidden_states(core, request)
+            for row, (context, continuation) in enumerate(pairs):
+                span = slice(len(context), len(context) + len(continuation))
+                logits = core.logits(hidden[row, span.start - 1 : span.stop - 1]).float()
+                ids = request.targets[row, span]
+                chosen = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+                found.append((float(chosen.sum()), bool((logits.argmax(-1) == ids).all())))
+        return found
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> list[str]:
+        """Greedy continuations, cut before the first of the stop strings."""
+        from core_llm.generate import generate
+        from core_llm.sampling import Sampling
+
+        settings = Sampling(max_new_tokens=max_new_tokens)
+        core, tokenizer = self.assistant.core, self.assistant.tokenizer
+        done = generate(core, [list(p) for p in prompts], settings, tokenizer, stop=list(stop))
+        return [answer.text for answer in done]
 
 
 def _updates(adapters: Sequence[Any]) -> list[Any]:

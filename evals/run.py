@@ -4,11 +4,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from core_llm import provenance
+from core_llm import processes, provenance
+from core_llm.digests import code_digest
 from core_llm.errors import UserError
 from core_llm.files import check_writable
-from evals import results, scorecard
-from evals.models import open_model
+from evals import answers, results, scorecard
+from evals.models import Device, open_model
 from evals.runner import Evaluation, evaluate
 from evals.tasks.base import Options, Task, Unavailable
 
@@ -23,6 +24,7 @@ def run_tasks(
     quantization: str | None = None,
     guard: str | None = None,
     guard_on: Sequence[str] = (),
+    device: Device = "auto",
 ) -> Path | None:
     """Evaluate, print the scorecard, write what was asked for; returns the path of the report.
 
@@ -36,18 +38,20 @@ def run_tasks(
         raise UserError(f"--limit must be at least 1, not {options.limit}")
     if options.data_root is not None and not options.data_root.is_dir():
         raise UserError(f"--data-root {options.data_root}: no such folder")
-    for path in (output, report / "index.html" if report else None):
-        if path is not None:
-            check_writable(path)
-    subject = open_model(model, quantization=quantization, guard=guard, guard_on=guard_on)
+    places = [output, answers.beside(output)] if output else []
+    for path in [*places, *([report / "index.html"] if report else [])]:
+        check_writable(path)
+    subject = open_model(model, quantization=quantization, guard=guard, guard_on=guard_on, device=device)
     for task in tasks:
         subject.require(task.needs, task.name)
     shared = provenance.collect(model, dict(subject.part_hashes), options.seed, quantization)
+    shared |= {"model": subject.name if guard else shared["model"], "guard": guard}
+    shared["harness_sha256"] = code_digest(Path(__file__).parent)
     evaluations: list[Evaluation] = []
     entries: list[results.Entry] = []
     for task in tasks:
         try:
-            evaluations.append(evaluate(task, subject, options, records))
+            evaluations.append(evaluate(task, subject, options, records, shared))
         except Unavailable as reason:
             if len(tasks) == 1:
                 raise
@@ -56,8 +60,11 @@ def run_tasks(
         entries.append(results.entry(evaluations[-1], {**shared, **_selection(options)}))
     if not entries:
         raise Unavailable("none of these tasks can be run here")
+    if not processes.is_writer():
+        return None
     if output is not None:
         results.write(output, entries)
+        answers.write(answers.beside(output), entries, evaluations)
     scorecard.show(entries)
     if report is None:
         return None

@@ -1,19 +1,20 @@
 """Task x model -> outputs -> scores with intervals and controls."""
 
+import hashlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from core_llm import stats
-from core_llm.chat import Audio, Image, Text
 from core_llm.digests import conversation_digest
-from core_llm.errors import DataError, UserError
+from core_llm.errors import DataError
 from evals import records
-from evals.models import Model, Subject
+from evals.asking import Asker
+from evals.models import Model
 from evals.tasks import data
 from evals.tasks.base import Control, Options, Output, Sample, Task
 
@@ -45,6 +46,7 @@ class Evaluation:
     interval: str
     extra: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    model_seconds: float = 0.0
     reused: int = 0
     fingerprint: str = ""
 
@@ -72,15 +74,27 @@ def metrics_json(estimates: dict[str, stats.Estimate]) -> dict[str, Any]:
     }
 
 
-def evaluate(task: Task, subject: Model, options: Options, folder: Path) -> Evaluation:
-    """Run one task with its controls; what `folder` already holds is not asked again."""
+def evaluate(
+    task: Task, subject: Model, options: Options, folder: Path, run: Mapping[str, Any] | None = None
+) -> Evaluation:
+    """Run one task with its controls; what `folder` already holds is not asked again.
+
+    run: provenance (see `records.claim`), kept beside the answers; rows that have changed since they were
+    begun are then refused.
+    """
     started = time.perf_counter()
     samples = task.load(options)
     if not samples:
         raise DataError(f"task '{task.name}' has no sample under these options")
+    digests = [conversation_digest(sample.messages) for sample in samples]
+    fingerprint = data.fingerprint(list(zip((s.id for s in samples), digests, strict=True)))
     with records.RecordStore(folder, task.name) as store:
-        asked = _Asked(task, subject, store)
-        outputs = asked.answers(samples, task.name)
+        asked = Asker(task, subject, store)
+        if run is not None:
+            chosen = {"split": options.split, "limit": options.limit, "seed": options.seed}
+            chosen |= {"answers_sha256": asked.checkpoint, "data_root": _place(options)}
+            records.claim(folder, task, fingerprint, chosen, run)
+        outputs = asked.answers(samples, task.name, digests)
         controls = [
             scored
             for control in task.controls
@@ -101,9 +115,17 @@ def evaluate(task: Task, subject: Model, options: Options, folder: Path) -> Eval
         interval=_interval(groups),
         extra=task.extras(samples, outputs) if task.extras else {},
         seconds=time.perf_counter() - started,
+        model_seconds=asked.seconds,
         reused=asked.reused,
-        fingerprint=data.fingerprint([(s.id, conversation_digest(s.messages)) for s in samples]),
+        fingerprint=fingerprint,
     )
+
+
+def _place(options: Options) -> str | None:
+    """Which copy of the data, without saying where it lies."""
+    if options.data_root is None:
+        return None
+    return hashlib.sha256(str(options.data_root.resolve()).encode()).hexdigest()[:16]
 
 
 def _interval(groups: Sequence[str]) -> str:
@@ -139,7 +161,7 @@ def _by_kind(
 
 
 def _control(
-    task: Task, control: Control, samples: Sequence[Sample], options: Options, asked: "_Asked"
+    task: Task, control: Control, samples: Sequence[Sample], options: Options, asked: Asker
 ) -> Scored | None:
     """The task's metrics under a control, or None where it cannot be had for these rows."""
     altered: Sequence[Sample] = samples
@@ -158,120 +180,3 @@ def _control(
     groups = [sample.group for sample in altered]
     estimates = stats.estimate(control.metrics or task.metrics, rows, groups, options.seed)
     return Scored(control.name, control.role, len(rows), estimates)
-
-
-class _Asked:
-    """Asks the model for what the store does not have yet."""
-
-    def __init__(self, task: Task, subject: Model, store: records.RecordStore) -> None:
-        self.task, self.subject, self.store = task, subject, store
-        needs = ("core", "image", "audio") if task.ask == "bit-equal" else task.needs
-        self.checkpoint = subject.fingerprint(needs)
-        self.reused = 0
-
-    def answers(self, samples: Sequence[Sample], title: str) -> list[Output]:
-        from tqdm import tqdm
-
-        keys = [records.record_key(self.task, sample, self.checkpoint) for sample in samples]
-        todo = {key: sample for key, sample in zip(keys, samples, strict=True) if key not in self.store.known}
-        self.reused += len(samples) - len(todo)
-        pending = sorted(todo, key=lambda key: _size(todo[key]))
-        # Longest first: memory runs out at once or never, and the time left is not underestimated.
-        pending.reverse()
-        with tqdm(
-            total=len(keys), initial=len(keys) - len(pending), desc=title, unit="row", dynamic_ncols=True
-        ) as bar:
-            for start in range(0, len(pending), self.task.batch_size):
-                batch = pending[start : start + self.task.batch_size]
-                rows = [todo[key] for key in batch]
-                self.store.add(batch, rows, ask(self.task, self.subject, rows))
-                bar.update(len(batch))
-        return [self.store.known[key] for key in keys]
-
-
-def _size(sample: Sample) -> tuple[int, str, str]:
-    """Sort key: rows of like cost together, and questions on one image in one batch."""
-    length = 0
-    for message in sample.messages:
-        for part in message.parts:
-            if isinstance(part, Text):
-                length += len(part.text)
-            elif isinstance(part, Audio):
-                length += _seconds(part) * 50
-    has_image = any(isinstance(part, Image) for message in sample.messages for part in message.parts)
-    return (0 if has_image else length, sample.group, sample.id)
-
-
-def _seconds(part: Audio) -> int:
-    """Rough duration: the exact one is not worth decoding a file twice."""
-    import numpy as np
-
-    if isinstance(part.data, np.ndarray):
-        return int(len(part.data) / (part.rate or 16_000))
-    size = len(part.data) if isinstance(part.data, bytes) else Path(part.data).stat().st_size
-    return size // 16_000
-
-
-def ask(task: Task, subject: Model, samples: Sequence[Sample]) -> list[Output]:
-    """One batch through the model."""
-    conversations = [sample.messages for sample in samples]
-    if task.ask == "generate":
-        return [{"text": text} for text in subject.generate(conversations, task.max_new_tokens)]
-    if task.ask == "loglikelihood":
-        found = subject.loglikelihood(conversations, [sample.target for sample in samples])
-        return [{"logprob": logprob, "tokens": tokens} for logprob, tokens in found]
-    if task.ask == "score":
-        return [
-            {
-                "probability": float(verdict.probability),
-                "unsafe": bool(verdict.unsafe),
-                "categories": {name: round(float(p), 4) for name, p in verdict.categories.items()},
-            }
-            for verdict in subject.score(conversations)
-        ]
-    if task.ask == "own":
-        assert task.asks is not None, f"task '{task.name}' says no way of asking"
-        return task.asks(subject, samples)
-    return _bit_equal(subject, samples)
-
-
-def _bit_equal(subject: Model, samples: Sequence[Sample]) -> list[Output]:
-    """Logits of the bare core against those with adapters, on the very same batch shape.
-
-    The shape matters: matrix products of other sizes may sum in another order, with or without
-    adapters. The bare core therefore gets the token ids of the whole batch, placeholders included.
-    """
-    import torch
-
-    from core_llm.generate import Request, hidden_states
-    from evals.tasks.regression import companions
-
-    if not isinstance(subject, Subject):
-        raise UserError(f"model '{subject.name}' has no bare core to compare with; leave out text-regression")
-
-    outputs: dict[int, Output] = {}
-    kinds = [adapter.part for adapter in subject.assistant.adapters]
-    core, untouched = subject.assistant.core, subject.bare.core  # two, where an adapter updates its own
-    for mixed in (False, True):
-        index = [i for i, sample in enumerate(samples) if (sample.kind == "mixed batch") == mixed]
-        if not index:
-            continue
-        rows = [samples[i].messages for i in index]
-        rows += companions(kinds, seed=0) if mixed and kinds else []
-        with torch.inference_mode():
-            request = subject.assistant.prepare(rows)
-            plain = Request(
-                request.targets,
-                None,
-                request.lengths,
-                request.targets,
-                request.loss_mask,
-                request.answer_starts,
-            )
-            ours = core.logits(hidden_states(core, request))
-            bare = untouched.logits(hidden_states(untouched, plain))
-        for row, i in enumerate(index):
-            n = int(request.lengths[row])
-            a, b = ours[row, :n], bare[row, :n]
-            outputs[i] = {"equal": bool(torch.equal(a, b)), "max_difference": float((a - b).abs().max())}
-    return [outputs[i] for i in range(len(samples))]

@@ -1,6 +1,7 @@
 """Where a model's files are: bundled, in a folder, or on the Hugging Face hub."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from core_llm.errors import CheckpointError
@@ -28,9 +29,10 @@ def find_model(where: str | Path, bundled: Path) -> Path:
     )
 
 
-def download(name: str) -> Path:
+def download(name: str, files: Sequence[str] = _FILES) -> Path:
     """Fetch a model by its hub id: safetensors, or the original layout where a repository has only that.
 
+    files: patterns of what to fetch beside the original layout.
     Raises `CheckpointError` that says what to do when offline, gated or not found.
     """
     from httpx2 import HTTPError  # the client that huggingface_hub itself uses
@@ -38,7 +40,7 @@ def download(name: str) -> Path:
 
     try:
         # Sub-folders hold other formats of the same weights.
-        folder = _snapshot(name, allow_patterns=_FILES, ignore_patterns=["*/*"])
+        folder = _snapshot(name, allow_patterns=list(files), ignore_patterns=["*/*"])
         if any(folder.glob("*.safetensors")):
             return folder
         return _snapshot(name, allow_patterns=["original/*"]) / "original"

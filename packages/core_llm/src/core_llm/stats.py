@@ -23,7 +23,12 @@ Metric = Callable[[Columns, Floats], Floats]
 RESAMPLES = 5000
 CALIBRATION_BINS = 15
 LOW_FPR = 0.01
-_SHARES = ("accuracy", "exact_match", "fpr", "f1", "recall", "violation_rate", "false_refusal_rate")
+BLEU_ORDERS = (1, 2, 3, 4)
+_SHARES = (
+    *("accuracy", "exact_match", "fpr", "f1", "recall", "violation_rate", "false_refusal_rate"),
+    *("accuracy_norm", "exact_match_flexible", "prompt_accuracy", "prompt_accuracy_loose", "memorised"),
+    *("vqa_accuracy", "anls", "relaxed_accuracy"),
+)
 # Of these only the samples with that label count.
 _OF_LABEL = {"fpr": 0, "recall": 1, "violation_rate": 1, "false_refusal_rate": 0}
 _SPELLINGS = ("raw", "english")  # of a transcript, beside the one that answers are compared in
@@ -135,9 +140,38 @@ def calibration_error(columns: Columns, weights: Floats) -> Floats:
     return _divide(np.abs(weights @ gap).sum(axis=1), weights.sum(axis=1))
 
 
+def bleu(columns: Columns, weights: Floats) -> Floats:
+    """Corpus BLEU of 0 to 100: geometric mean of the precisions of 1- to 4-grams, times the brevity penalty.
+
+    Papineni et al. 2002; an n-gram order without any match counts as half, a quarter, ... of one match, as
+    sacrebleu's default smoothing ("exp") has it, and nothing that matches at all is 0.
+    """
+    matches = np.stack([weights @ columns[f"matches_{n}"] for n in BLEU_ORDERS])
+    totals = np.stack([weights @ columns[f"ngrams_{n}"] for n in BLEU_ORDERS])
+    smoothed = np.where(matches > 0, matches, 0.5 ** np.cumsum(matches == 0, axis=0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision = np.exp(np.log(smoothed / totals).mean(axis=0))
+        said, truth = weights @ columns["said_length"], weights @ columns["truth_length"]
+        brevity = np.exp(np.minimum(0.0, 1 - truth / said))
+        found = (totals > 0).all(axis=0) & (matches > 0).any(axis=0)
+        return np.where(found, 100 * brevity * precision, 0.0)
+
+
 METRICS: dict[str, Metric] = {
     "accuracy": _ratio("correct"),
     "exact_match": _ratio("correct"),
+    "accuracy_norm": _ratio("correct_norm"),
+    "exact_match_flexible": _ratio("correct_flexible"),
+    # A row's score may lie between 0 and 1: annotators disagree, letters differ.
+    "vqa_accuracy": _ratio("correct"),
+    "anls": _ratio("correct"),
+    "relaxed_accuracy": _ratio("correct"),
+    "prompt_accuracy": _ratio("correct"),
+    "prompt_accuracy_loose": _ratio("correct_loose"),
+    "instruction_accuracy": _ratio("followed", "instructions"),
+    "instruction_accuracy_loose": _ratio("followed_loose", "instructions"),
+    "memorised": _ratio("memorised"),
+    "bleu": bleu,
     "wer": _ratio("word_errors", "words"),
     "cer": _ratio("character_errors", "characters"),
     **{f"wer_{spelling}": _ratio(f"word_errors_{spelling}", f"words_{spelling}") for spelling in _SPELLINGS},
@@ -159,9 +193,13 @@ METRICS: dict[str, Metric] = {
 }
 _ERROR_RATES = frozenset({"wer", "cer", *(f"{rate}_{s}" for rate in ("wer", "cer") for s in _SPELLINGS)})
 _SAFETY_RATES = frozenset({"violation_rate", "false_refusal_rate"})
-LOWER_IS_BETTER = frozenset({"perplexity", "fpr", "ece", "brier"}) | _ERROR_RATES | _SAFETY_RATES
+LOWER_IS_BETTER = frozenset({"perplexity", "fpr", "ece", "brier", "memorised"}) | _ERROR_RATES | _SAFETY_RATES
 # Sums over a group are enough for these, so a resample costs G and not N.
-_SUMS = frozenset({"accuracy", "exact_match", "perplexity", "f1", "fpr"}) | _ERROR_RATES
+_SUMS = frozenset(
+    {"accuracy", "exact_match", "perplexity", "f1", "fpr", "bleu"}
+    | {"instruction_accuracy", "instruction_accuracy_loose"}
+    | _ERROR_RATES
+)
 
 
 @dataclass(frozen=True)
@@ -230,12 +268,26 @@ def difference(
     sides = [columns_of(rows), columns_of(other)]
     ones = np.ones((1, len(rows)))
     before, after = (float(METRICS[name](columns, ones)[0]) for columns in sides)
-    (first, count), (second, _) = (_draws([name], columns, groups, seed, resamples) for columns in sides)
-    low, high = _percentiles(second[name] - first[name])
+    draws, count = paired_draws(name, rows, other, groups, seed, resamples)
+    low, high = _percentiles(draws)
     if low == high and name in _SHARES:  # no sample differs: at most so many of all samples may
         margin = _all_equal(0.0, _counted(name, sides[0], groups, count))[1]
         low, high = low - margin, high + margin
     return Estimate(after - before, low, high)
+
+
+def paired_draws(
+    name: str,
+    rows: Sequence[Mapping[str, float]],
+    other: Sequence[Mapping[str, float]],
+    groups: Sequence[str],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> tuple[Floats, int]:
+    """The difference of a metric, `other` minus `rows`, in every resample [R], and the number of groups."""
+    sides = (columns_of(rows), columns_of(other))
+    (first, count), (second, _) = (_draws([name], columns, groups, seed, resamples) for columns in sides)
+    return second[name] - first[name], count
 
 
 def _draws(
