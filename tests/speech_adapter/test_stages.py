@@ -421,3 +421,32 @@ def test_the_command_trains_stage_after_stage(
     from core_llm.checkpoint import load_core
 
     assert isinstance(load(tmp_path / "sft", load_core(tmp_path / "core")[0]), SpeechAdapter)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_bad_recording_is_left_out_with_one_warning_and_many_stop_the_stage(
+    core_and_tokenizer: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture, stage: str
+) -> None:
+    bad = tmp_path / "bad.wav"
+    bad.write_bytes(b"this is no sound")
+    whole = examples(6)
+    task = task_of(stage, core_and_tokenizer, replace(TINY, batch=7))
+    broken = Example("bad", bad, "one", answer="yes")
+    clips = [Clip(item, (0, i), Perturbation(), 30.0) for i, item in enumerate(of(stage, [*whole, broken]))]
+    good = [clip for clip in clips if clip.example.id != "bad"]
+    expected = task.loss(good)[0].item()
+    for _ in range(2):
+        assert task.loss(clips)[0].item() == pytest.approx(expected)
+    told = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert len(told) == 1 and "bad.wav" in told[0]
+    other = Example("worse", tmp_path / "gone.wav", "one", answer="yes")
+    with pytest.raises(DataError, match="2 of 8 recordings cannot be read.*gone.wav.*repair them"):
+        task.loss([*clips, *(Clip(item, (0, 9), Perturbation(), 30.0) for item in of(stage, [other]))])
+
+
+def of(stage: str, recordings: list[Example]) -> list[Any]:
+    return (
+        [item for e in recordings for item in asked(e, ("recognition",))]
+        if stage == "sft"
+        else list(recordings)
+    )

@@ -5,6 +5,7 @@ Axes: P clips, F feature frames (10 ms), M bands.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from core_llm.chat import Audio
+from core_llm.errors import DataError, MediaError
 from core_llm.train.accumulate import accumulated, split
 from core_llm.train.answers import picked
 from speech_adapter.adapter import SpeechAdapter, SpeechInputs
@@ -24,6 +26,10 @@ from speech_adapter.augment import Perturbation
 from speech_adapter.examples import Asked, Example
 
 Item = TypeVar("Item", Example, Asked)
+# Of the recordings of a run, so many (and one in any case) may be unreadable before it stops.
+_BAD_SHARE = 0.01
+
+log = logging.getLogger(__name__)
 
 
 class Clip(Generic[Item]):
@@ -62,6 +68,11 @@ class Clip(Generic[Item]):
         return int(np.random.default_rng((*self.seed, purpose)).integers(2**63))
 
 
+def id_of(item: Example | Asked) -> str:
+    """Of the recording."""
+    return (item.example if isinstance(item, Asked) else item).id
+
+
 class ClipTask(ABC, Generic[Item]):
     """A stage, a `core_llm.train.fit.Task`; sub-classes say what is trained and what the loss is."""
 
@@ -82,6 +93,7 @@ class ClipTask(ABC, Generic[Item]):
         self.held_out: list[Clip[Item]] = [
             Clip(item, (0, 0, i), Perturbation(), self.max_seconds) for i, item in enumerate(held_out[:256])
         ]
+        self._unreadable: set[str] = set()
 
     def modules(self) -> Mapping[str, nn.Module]:
         """What a resume restores."""
@@ -126,7 +138,13 @@ class ClipTask(ABC, Generic[Item]):
         """
 
     def loss(self, batch: Sequence[Clip[Item]]) -> tuple[Tensor, dict[str, float]]:
-        """The loss of the whole batch, whatever the micro-batches; the shortest clips come first."""
+        """The loss of the whole batch, whatever the micro-batches; the shortest clips come first.
+
+        Clips that cannot be read are left out; raises `DataError` where there are too many of them.
+        """
+        batch = [clip for clip in batch if self._readable(clip)]
+        if not batch:
+            raise DataError("no recording of this batch can be read; see the warnings above")
         total = max(self.weight(batch), 1.0)
         figures: Counter[str] = Counter()
         ordered = sorted(batch, key=lambda clip: len(clip.samples))
@@ -138,6 +156,22 @@ class ClipTask(ABC, Generic[Item]):
                 yield value
 
         return accumulated(losses(), self.parameters()), dict(figures)
+
+    def _readable(self, clip: Clip[Item]) -> bool:
+        """Whether a clip has samples; each bad recording is told once, with how many there are by now."""
+        try:
+            return len(clip.samples) > 0
+        except MediaError as error:
+            known, total = self._unreadable, len({id_of(item) for item in self.items})
+            if clip.example.id not in known:
+                known.add(clip.example.id)
+                log.warning("left out (%d of %d recordings): %s", len(known), total, error)
+            if len(known) > max(1, int(_BAD_SHARE * total)):
+                raise DataError(
+                    f"{len(known)} of {total} recordings cannot be read, {error} the last of them; "
+                    "repair them or take them out of the data, then run the same command again"
+                ) from error
+            return False
 
     def evaluate(self) -> dict[str, float]:
         """Held-out figures; {} where nothing is held out."""
