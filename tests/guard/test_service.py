@@ -1,6 +1,5 @@
 import json
 import logging
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -9,13 +8,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 
 from guard.guard import Guard
 from guard.service import Limits, create_app
 from guard.taxonomy import CATEGORIES, OPENAI_KEYS
 from guard.testing import WordGuard
+
+from .live import live
 
 SMALL = Limits(body_bytes=2000, inputs=8, characters=1000)
 
@@ -29,17 +29,8 @@ def client() -> Iterator[TestClient]:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A live server on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(create_app(WordGuard(), SMALL), port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(timeout=5)
+    with live(create_app(WordGuard(), SMALL)) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
