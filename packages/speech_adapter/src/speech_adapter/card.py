@@ -24,8 +24,8 @@ of the frozen core, ten seconds become {ten}. The adapter fits only the core who
 the core's embeddings, with the core's own loss on recognition and spoken questions. The core is frozen.
 
 ## Scores at the end of training
-`digits` is a speaker of the Free Spoken Digit Dataset that no training clip is from; `questions` are scene
-questions in espeak voices that no training clip has. `wer_shuffled` answers each clip with another's answer.
+`digits` is a speaker of the Free Spoken Digit Dataset that no training clip is from; `commands` are commands
+and questions to repeat, `questions` scene questions to answer, in espeak voices that no training clip has. `wer_shuffled` answers each clip with another's answer.
 
 | measure | value |
 |---|---|
