@@ -249,3 +249,50 @@ def test_a_guard_that_breaks_is_an_engine_error(guard: Guard, monkeypatch: pytes
     with pytest.raises(EngineError, match="RuntimeError") as raised:
         LocalEngine(guard).judge([ask("hello")])
     assert "secret" not in str(raised.value)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    from guard.cli import main
+
+    monkeypatch.setattr("sys.argv", ["guard", *arguments])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_the_command_line_judges_by_a_server_and_a_policy(
+    server: Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    Policy([Category("pets", "Pets", "Cats and dogs.")], threshold=0.0001).write(tmp_path / "p.yaml")
+    flags = ["--engine", server.url, "--model", str(folder), "--policy", str(tmp_path / "p.yaml")]
+    assert run(monkeypatch, "classify", "hello", *flags, "--format", "json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["unsafe"] and told["named"] == ["pets"] and server.asked == 1
+    server.status = [500]
+    assert run(monkeypatch, "classify", "hello", *flags) == 2
+    assert "status 500" in capsys.readouterr().err
+    assert run(monkeypatch, "classify", "hello", "--engine-model", "x") == 2
+    assert "--engine" in capsys.readouterr().err
+
+
+def test_the_service_answers_by_a_server_and_503_when_it_is_gone(
+    server: Server, folder: Path, guard: Guard
+) -> None:
+    from fastapi.testclient import TestClient
+
+    from guard.cli_serve import ServeOptions, _engine
+    from guard.service import create_app
+
+    engine = _engine(ServeOptions(model=str(folder), engine=server.url))
+    with TestClient(create_app(engine)) as client:
+        answer = client.post("/v1/moderations", json={"input": "hello"})
+        assert answer.status_code == 200
+        scores = answer.json()["results"][0]["category_scores"]
+        expected = guard.classify([ask("hello")])[0].categories
+        assert scores["S1"] == pytest.approx(expected["S1"], abs=1e-4)
+        server.status = [500]
+        assert client.post("/v1/moderations", json={"input": "hello"}).status_code == 503
+    engine.close()

@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -297,3 +298,31 @@ def test_traces_hold_facts_and_no_text() -> None:
     assert top.attributes is not None and top.attributes["guard.flagged"] == 1
     assert format(top.context.trace_id, "032x") == parent.split("-")[1]
     assert "secret" not in "".join(span.to_json() for span in spans.values())
+
+
+def test_readers_of_ones_own_give_the_service_eyes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from guard.cli_serve import with_readers
+
+    (tmp_path / "my_readers.py").write_text(
+        "from core_llm.chat import Image\n"
+        "from guard.multimodal import Reading\n\n\n"
+        "class Size:\n"
+        "    def read(self, parts):\n"
+        "        return [Reading('a bomb', sure=len(part.data) > 100) for part in parts]\n\n\n"
+        "def readers():\n"
+        "    return {Image: Size()}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    with TestClient(create_app(with_readers(WordEngine(), "my_readers:readers"))) as client:
+        for side, unread in ((64, []), (1, ["image 1 of message 1"])):
+            stream = io.BytesIO()
+            PIL.Image.effect_noise((side, side), 50).save(stream, "PNG")
+            url = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+            answer = post(client, [{"type": "image_url", "image_url": {"url": url}}])
+            assert answer.status_code == 200
+            result = answer.json()["results"][0]
+            assert result["flagged"] and result["unread"] == unread
+    for wrong in ("my_readers", "my_readers:nothing", "no_such_module:readers", "my_readers:Size"):
+        with pytest.raises(UserError, match="--readers"):
+            with_readers(WordEngine(), wrong)

@@ -51,6 +51,8 @@ class ServeOptions:
         engine: local, or the address of a vLLM server that runs the guard, such as http://localhost:8000/v1;
             --model then only says how it is asked. Its key is read from the variable GUARD_ENGINE_KEY.
         engine_model: Name of the guard on that server, by default the first that it lists.
+        readers: MODULE:FUNCTION that gives readers of images (see docs/guard.md); without one, images are
+            refused unless the guard's own weights read them.
         otlp: OpenTelemetry collector for traces, such as http://localhost:4318/v1/traces (guard[otel]).
     """
 
@@ -76,6 +78,7 @@ class ServeOptions:
     in_process: bool = False
     engine: str = "local"
     engine_model: str | None = None
+    readers: str | None = None
     otlp: str | None = None
 
 
@@ -172,10 +175,11 @@ def _engine(options: ServeOptions) -> "Engine":
     from guard.engine import EngineError
     from guard.service.process import ProcessEngine
 
-    load = partial(load_engine, options.model, options.batch)
+    load = partial(load_engine, options.model, options.batch, options.readers)
     try:
         if options.engine != "local" or options.engine_model is not None:
-            return remote_engine(options.engine, options.model, options.engine_model, options.batch)
+            there = remote_engine(options.engine, options.model, options.engine_model, options.batch)
+            return with_readers(there, options.readers)
         if options.in_process:
             return load()
         return ProcessEngine(load)
@@ -183,12 +187,40 @@ def _engine(options: ServeOptions) -> "Engine":
         raise UserError(str(error)) from error
 
 
-def load_engine(model: str, batch: int) -> "Engine":
+def load_engine(model: str, batch: int, readers: str | None = None) -> "Engine":
     """The engine of a guard by name or folder; runs in the engine's process."""
     from guard.engine import LocalEngine
     from guard.guard import Guard
 
-    return LocalEngine(Guard.load(model), batch)
+    return with_readers(LocalEngine(Guard.load(model), batch), readers)
+
+
+def with_readers(engine: "Engine", where: str | None) -> "Engine":
+    """The engine behind the readers that a function gives, "module:function"; None leaves it as it is.
+
+    A module beside the place where the service is started is found too. Raises `UserError` for one that is
+    not there or gives no readers.
+    """
+    if where is None:
+        return engine
+    import importlib
+    import sys
+
+    from core_llm.errors import UserError
+    from guard.multimodal import ReadingEngine
+
+    module, _, function = where.partition(":")
+    if not module or not function:
+        raise UserError(f"--readers must be MODULE:FUNCTION, got '{where}'")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last: what is installed comes first
+    try:
+        found = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"--readers {where}: {error}") from error
+    if not isinstance(found, dict) or not all(hasattr(reader, "read") for reader in found.values()):
+        raise UserError(f"--readers {where}: gives no mapping from kinds of parts to readers")
+    return ReadingEngine(engine, found)
 
 
 def _counter(model: str, limit: int | None) -> "Callable[[str], int] | None":

@@ -57,12 +57,16 @@ class ModerationRequest(_Strict):
 
 
 class ModerationResult(BaseModel):
-    """Judgement of one input, under the OpenAI keys and the codes of the policy beside them."""
+    """Judgement of one input, under the OpenAI keys and the codes of the policy beside them.
+
+    unread: images that nobody could read, where readers stand before the guard; such an input is flagged.
+    """
 
     flagged: bool
     categories: dict[str, bool]
     category_scores: dict[str, float]
     category_applied_input_types: dict[str, list[str]]
+    unread: list[str] = Field(default_factory=list)
 
     @classmethod
     def of(
@@ -81,6 +85,7 @@ class ModerationResult(BaseModel):
             categories={key: value > 0 for key, value in raised.items()},
             category_scores=scores,
             category_applied_input_types={key: _applied(key, inputs) for key in scores},
+            unread=list(verdict.unread),
         )
 
 

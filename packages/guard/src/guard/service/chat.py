@@ -107,6 +107,7 @@ class _Answer:
             "probability": verdict.probability,
             "mass": verdict.mass,
             "categories": verdict.categories,
+            "unread": list(verdict.unread),
             "policy": policy.digest,
             "policy_version": policy.version,
         }
