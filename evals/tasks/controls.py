@@ -63,6 +63,16 @@ def _majority(samples: Sequence[Sample], options: Options) -> list[Output]:
     return [{"text": answer} for _ in samples]
 
 
+def _majority_choice(samples: Sequence[Sample], options: Options) -> list[Output]:
+    """The letter that is right most often."""
+    answer = Counter(sample.target for sample in samples).most_common(1)[0][0]
+    outputs: list[Output] = []
+    for sample in samples:
+        logprobs = [0.0 if choice == answer else -1.0 for choice in sample.choices]
+        outputs.append({"logprobs": logprobs, "tokens": [1] * len(logprobs)})
+    return outputs
+
+
 def _base_rate(samples: Sequence[Sample], options: Options) -> list[Output]:
     """The share of unsafe rows as everyone's probability."""
     rate = sum(sample.label for sample in samples) / len(samples)
@@ -70,5 +80,6 @@ def _base_rate(samples: Sequence[Sample], options: Options) -> list[Output]:
 
 
 MAJORITY = Control("majority answer", "control", answer=_majority)
+MAJORITY_CHOICE = Control("majority answer", "control", answer=_majority_choice)
 # A constant score decides nothing: its false positives and its calibration are no yardstick.
 BASE_RATE = Control("base rate", "control", answer=_base_rate, metrics=("auprc", "auroc", "accuracy"))

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from evals.tasks.base import Output, Sample
+from evals.tasks.base import Output, Sample, Unavailable
 
 if TYPE_CHECKING:
     from whisper.normalizers import EnglishTextNormalizer
@@ -95,3 +95,132 @@ def likelihood(sample: Sample, output: Output) -> Mapping[str, float]:
 def equality(sample: Sample, output: Output) -> Mapping[str, float]:
     """Whether all logits were the same bits."""
     return {"correct": float(output["equal"])}
+
+
+_NUMBERS = {
+    **{word: str(number) for number, word in enumerate(_DIGITS)},
+    **{"ten": "10", "none": "0"},
+}
+_ARTICLES = frozenset({"a", "an", "the"})
+
+
+def vqa_normalised(text: str) -> str:
+    """An answer as the VQA evaluation compares it: lower case, no articles, number words as digits.
+
+    Commas and full stops stay only inside numbers. Apostrophes are left out on both sides, where the official
+    script has a list of contractions (https://visualqa.org/evaluation.html).
+    """
+    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower().replace("\n", " "))
+    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)
+    text = re.sub(r"['\u2019]", "", text)
+    text = re.sub(r"[;/\[\]\"{}()=+\\_\-><@`,?!]", " ", text)
+    words = (_NUMBERS.get(word, word) for word in text.split())
+    return " ".join(word for word in words if word not in _ARTICLES)
+
+
+def vqa(sample: Sample, output: Output) -> Mapping[str, float]:
+    """VQA accuracy (Antol et al. 2015): min(1, matches / 3) against all answers but one, mean over which one.
+
+    With a single reference answer it is an exact match.
+    """
+    said = vqa_normalised(output["text"])
+    references = [vqa_normalised(answer) for answer in sample.answers]
+    same = references.count(said)
+    if len(references) == 1:
+        return {"correct": float(same)}
+    other = len(references) - same
+    without_match, without_other = min(1.0, (same - 1) / 3), min(1.0, same / 3)
+    return {"correct": (same * without_match + other * without_other) / len(references)}
+
+
+ANLS_THRESHOLD = 0.5
+
+
+def anls(sample: Sample, output: Output) -> Mapping[str, float]:
+    """Average normalised Levenshtein similarity (Biten et al. 2019): the best over the references.
+
+    1 - edits / length of the longer text, in lower case and single spaces; 0 where that is below 0.5.
+    """
+    from rapidfuzz.distance import Levenshtein
+
+    said = _single_spaced(output["text"]).lower()
+    best = max(
+        Levenshtein.normalized_similarity(said, _single_spaced(answer).lower()) for answer in sample.answers
+    )
+    return {"correct": best if best >= ANLS_THRESHOLD else 0.0}
+
+
+RELAXED_TOLERANCE = 0.05
+
+
+def relaxed(sample: Sample, output: Output) -> Mapping[str, float]:
+    """Relaxed accuracy (Masry et al. 2022, section 5.1): numbers within 5 %, everything else as it is."""
+    said = output["text"].strip()
+    return {"correct": float(any(_relaxed_equal(said, answer.strip()) for answer in sample.answers))}
+
+
+def _relaxed_equal(said: str, truth: str) -> bool:
+    number, wanted = _number(said), _number(truth)
+    if number is not None and wanted:  # there is no 5 % of zero
+        return abs(number - wanted) <= RELAXED_TOLERANCE * abs(wanted)
+    return said.lower() == truth.lower()
+
+
+def _number(text: str) -> float | None:
+    """A number, or a percentage as its fraction."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def choice(sample: Sample, output: Output) -> Mapping[str, float]:
+    """Whether the right choice is the likeliest, by its log-likelihood and by that per token."""
+    right = sample.choices.index(sample.target)
+    pairs = list(zip(output["logprobs"], output["tokens"], strict=True))
+    per_token = [logprob / tokens for logprob, tokens in pairs]
+    return {
+        "correct": float(_argmax(output["logprobs"]) == right),
+        "correct_norm": float(_argmax(per_token) == right),
+    }
+
+
+def _argmax(values: list[float]) -> int:
+    """The first of the largest."""
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def translation(sample: Sample, output: Output) -> Mapping[str, float]:
+    """Matching and all n-grams of a translation, counted by sacrebleu in the target language's words."""
+    counts = _bleu(sample.extra or "13a").corpus_score([output["text"].strip()], [[sample.target]])
+    orders = zip(counts.counts, counts.totals, strict=True)
+    sums: dict[str, float] = {"said_length": counts.sys_len, "truth_length": counts.ref_len}
+    for n, (matches, total) in enumerate(orders, start=1):
+        sums |= {f"matches_{n}": matches, f"ngrams_{n}": total}
+    return sums
+
+
+def bleu_words(language: str) -> str:
+    """sacrebleu's name of how a language is cut into words."""
+    return {"zh": "zh", "ja": "char"}.get(language.partition("-")[0].partition("_")[0], "13a")
+
+
+@cache
+def _bleu(tokenize: str) -> Any:
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+    except ImportError:
+        raise Unavailable(
+            "BLEU is counted by sacrebleu: install it with pip install 'llama-herd[bleu]'"
+        ) from None
+    return BLEU(tokenize=tokenize)
+
+
+def require_bleu() -> None:
+    """Raise `Unavailable` where sacrebleu is missing, before any work."""
+    _bleu("13a")
+
+
+def memorised(sample: Sample, output: Output) -> Mapping[str, float]:
+    """Whether greedy decoding gives the text's own continuation, token for token, and how likely it is."""
+    return {"memorised": float(output["greedy"]), "logprob": output["logprob"], "tokens": output["tokens"]}
