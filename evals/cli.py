@@ -8,6 +8,7 @@ import tyro
 from core_llm import cli_tools
 from evals.cli_compare import compare as compare_runs
 from evals.cli_scorecard import scorecard
+from evals.cli_tasks import contamination, list_tasks
 
 
 def run(
@@ -83,26 +84,6 @@ def quickstart(model: str = "nano", out: Path = Path("runs/quickstart"), seed: i
     )
 
 
-def list_tasks() -> None:
-    """Show every task: what it measures, where its rows come from, under which licence."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from evals.tasks import registry
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("task", "what", "metrics", "needs", "source", "licence"):
-        table.add_column(column, no_wrap=column == "task")
-    for task in registry().values():
-        source = task.source + (" (bundled)" if task.bundled else "")
-        table.add_row(
-            task.name, task.title, ", ".join(task.metrics), ", ".join(task.needs), source, task.licence
-        )
-    console = Console()
-    (console if console.is_terminal else Console(width=170)).print(table)
-
-
 def quantization(
     tasks: Annotated[list[str], tyro.conf.Positional],
     output: Path,
@@ -157,6 +138,7 @@ def main() -> None:
             "run": run,
             "quickstart": quickstart,
             "list": list_tasks,
+            "contamination": contamination,
             "compare": compare_runs,
             "scorecard": scorecard,
             "quantization": quantization,
