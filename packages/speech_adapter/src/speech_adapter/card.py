@@ -25,7 +25,8 @@ the core's embeddings, with the core's own loss on recognition and spoken questi
 
 ## Scores at the end of training
 `digits` is a speaker of the Free Spoken Digit Dataset that no training clip is from; `commands` are commands
-and questions to repeat, `questions` scene questions to answer, in espeak voices that no training clip has. `wer_shuffled` answers each clip with another's answer.
+and questions to repeat, `questions` scene questions to answer, in espeak voices that no training clip has.
+`wer_shuffled` answers each clip with another's answer.
 
 | measure | value |
 |---|---|
