@@ -11,9 +11,9 @@ from sklearn import metrics as sk
 
 from core_llm.chat import Message
 from core_llm.errors import UserError
-from guard.evaluation import baselines, rows, scoring
-from guard.evaluation.measure import AFTER, BEFORE, MAJORITY, Scored, lucky_error, measure
-from guard.evaluation.run import Settings, run
+from guard.evaluation import baselines, report, rows, scoring
+from guard.evaluation.measure import AFTER, BEFORE, MAJORITY, TFIDF, Scored, lucky_error, measure
+from guard.evaluation.run import Evaluation, Settings, run
 from guard.guard import Guard
 from guard.verdict import Verdict
 
@@ -196,7 +196,9 @@ def test_fingerprint_follows_weights_and_not_the_temperature(guard: Guard, tmp_p
     assert scoring.fingerprint(tmp_path, "p") != before
 
 
-def test_whole_run_writes_a_page_that_needs_nothing_else(guard: Guard, tmp_path: Path) -> None:
+def test_whole_run_writes_a_page_that_needs_nothing_else(
+    guard: Guard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     guard.save(tmp_path / "model")
     data, out = write_rows(tmp_path / "own.jsonl", 300, split=True), tmp_path / "out"
     settings = Settings(
@@ -214,6 +216,22 @@ def test_whole_run_writes_a_page_that_needs_nothing_else(guard: Guard, tmp_path:
     assert (out / "reliability_own.png").read_bytes()[:4] == b"\x89PNG"
     if result.fitted is not None:
         assert figures[AFTER]["auprc"] == figures[BEFORE]["auprc"]
+    monkeypatch.setenv("COLUMNS", "80")
+    capsys.readouterr()
+    report.show(result)
+    shown = capsys.readouterr().out.split("own:")[0]
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+    for found in made.figures.values():
+        assert f"({found['auprc'].low:.3f}–{found['auprc'].high:.3f})" in shown
+
+
+def test_a_guard_that_ranks_worse_is_called_worse() -> None:
+    made, good = _measured()
+    bad = Scored(1 - good.probability, ~good.unsafe)
+    got = measure(made, {BEFORE: bad, TFIDF: good}, 200, 0)
+    result = Evaluation("g", 0.5, 1.0, None, [got], {})
+    said = list(report.sentences(result))
+    assert any("the guard ranks worse than TF-IDF regression (AUPRC -" in sentence for sentence in said)
 
 
 def test_mistakes_are_told_before_any_work(guard: Guard, tmp_path: Path) -> None:

@@ -106,10 +106,26 @@ def test_what_repeats_held_out_rows_or_their_contexts_is_dropped() -> None:
         example("paint the walls of my house green!"),  # a repetition
         example("Paint the walls of my house green", "S2"),  # with the other verdict: kept
     ]
-    kept, dropped = decontaminated(rows, held_out)
+    kept, dropped = decontaminated(rows, held_out, once=True)
     assert kept == [rows[2], rows[4]]
     assert dropped == Dropped(held_out=2, repeated=1)
-    assert decontaminated(rows, held_out, once=False)[0] == rows[2:]
+    assert decontaminated(rows, held_out)[0] == rows[2:]
+
+
+def test_what_was_found_is_kept_until_a_text_changes(tmp_path: Path) -> None:
+    cache = tmp_path / "state" / "found.json"
+    held_out = HeldOut([example("kill the weeds in my garden bed")])
+    rows = [example("Kill the weeds in my garden bed!"), example("paint it green"), example("Paint it green")]
+    expected = decontaminated(rows, held_out, once=True, cache=cache)
+    assert expected == ([rows[1]], Dropped(1, 1))
+    held_out.holds = lambda *_: pytest.fail("searched again")  # type: ignore[method-assign, assignment]
+    assert decontaminated(rows, held_out, once=True, cache=cache) == expected
+    assert "weeds" not in cache.read_text()
+    fresh = HeldOut([example("kill the weeds in my garden bed")])
+    assert decontaminated(rows[1:], fresh, once=True, cache=cache) == ([rows[1]], Dropped(0, 1))
+    assert decontaminated(rows, fresh, cache=cache) == (rows[1:], Dropped(1, 0))
+    cache.write_text(cache.read_text()[:40])  # damaged
+    assert decontaminated(rows, fresh, once=True, cache=cache) == expected
 
 
 def test_data_cards_count_rows_categories_and_what_was_dropped(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Files of a checkpoint: JSON that is checked, folders that appear whole or not at all, sizes in words."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -61,6 +63,21 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{path}: cannot write there ({error.strerror})") from error
+
+
+def lock(descriptor: int) -> bool:
+    """Keep an open file for this program until it is closed; False where another program has it.
+
+    On a file system without locks nothing can be promised, and the answer is True.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,8 +4,6 @@ The same work begun again asks only for what is not there yet. Lines are forced 
 leave one half line, which is cut off, so that its item is done again. One program at a time writes a file.
 """
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -14,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from core_llm.errors import UserError
+from core_llm.files import lock
 
 
 class Journal:
@@ -56,15 +55,8 @@ class Journal:
 
     def _lock(self) -> None:
         assert self._file is not None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.path}: another run is writing there; wait for it, or use {self.flag} DIR"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise  # else a file system without locks, where nothing can be promised
+        if not lock(self._file):
+            raise UserError(f"{self.path}: another run is writing there; wait for it, or use {self.flag} DIR")
 
     def _load(self) -> None:
         assert self._file is not None

@@ -25,6 +25,7 @@ def train(
     data: tuple[Path, ...] = (),
     held_out: float = 0.1,
     near_duplicates: float = 0.8,
+    drop_repeated: bool = False,
     policy: Path | None = None,
     rules: bool = False,
     lora_rank: int = 0,
@@ -49,6 +50,7 @@ def train(
         data: JSONL files of your own: {"conversation": ..., "verdict": "unsafe", "categories": ["S1"]}.
         held_out: Share of the contexts of each such file that is held out and measured on.
         near_duplicates: Overlap from which a row repeats a held-out one and is dropped; 0 drops none.
+        drop_repeated: Drop rows that so repeat another one of their set and verdict, too.
         policy: YAML file with the categories to train on; by default the standard ones.
         rules: Make a guard that reads its policy: the rules stand in its prompt, and vary in training.
         lora_rank: Train low-rank updates of this rank beside the core instead of all its weights; 0: all.
@@ -83,6 +85,7 @@ def prune(
     data: tuple[Path, ...] = (),
     held_out: float = 0.1,
     near_duplicates: float = 0.8,
+    drop_repeated: bool = False,
     rows: int = 256,
     steps: int = 300,
     lr: float = 1e-3,
@@ -111,6 +114,7 @@ def prune(
         data: JSONL files of your own, as `guard train` reads them.
         held_out: Share of the contexts of each such file that is held out and measured on.
         near_duplicates: Overlap from which a row repeats a held-out one and is dropped; 0 drops none.
+        drop_repeated: Drop rows that so repeat another one of their set and verdict, too.
         rows: Conversations by which the importance of layers and neurons is measured.
         steps: Optimizer steps of the healing; 0 leaves it out.
         lr: Peak learning rate of the healing; for large guards about 1e-5.

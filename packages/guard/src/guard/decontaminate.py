@@ -1,10 +1,19 @@
 """What may not be trained on: near-duplicates of held-out conversations and contexts, and repetitions."""
 
+import hashlib
+import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from core_llm import processes
+from core_llm.data import near_duplicates
 from core_llm.data.near_duplicates import THRESHOLD, NearDuplicates, repeated
 from guard.examples import Example
+
+Progress = Callable[[Sequence[Example]], Iterable[Example]]
 
 
 @dataclass(frozen=True)
@@ -17,6 +26,14 @@ class Dropped:
     repeated: int = 0
 
 
+@dataclass(frozen=True)
+class Found:
+    """Numbers of the rows that `Dropped` counts."""
+
+    held_out: tuple[int, ...] = ()
+    repeated: tuple[int, ...] = ()
+
+
 def text_of(example: Example) -> str:
     """All that was said."""
     return "\n".join(message.text for message in example.messages)
@@ -27,6 +44,7 @@ class HeldOut:
 
     def __init__(self, examples: Iterable[Example], threshold: float = THRESHOLD) -> None:
         held_out = list(examples)
+        self.examples = held_out
         self._texts = NearDuplicates(map(text_of, held_out), threshold)
         self._contexts = NearDuplicates(dict.fromkeys(e.context for e in held_out), threshold)
 
@@ -39,22 +57,64 @@ def decontaminated(
     examples: Sequence[Example],
     held_out: HeldOut,
     threshold: float = THRESHOLD,
-    once: bool = True,
-    progress: Callable[[Sequence[Example]], Iterable[Example]] = iter,
+    once: bool = False,
+    progress: Progress = iter,
+    cache: Path | None = None,
 ) -> tuple[list[Example], Dropped]:
     """The rows that may be trained on, in order, and how many were dropped why.
 
     once: drop repetitions too. Of rows that repeat each other with the same verdict the first is kept; with
-    another verdict, both.
+    another verdict, both. cache: a file that keeps what was found, under a hash of all the texts.
     """
-    clean = [example for example in progress(examples) if not held_out.holds(example)]
-    if not once:
-        return clean, Dropped(held_out=len(examples) - len(clean))
-    kept: list[tuple[int, Example]] = []
-    numbers = {id(example): i for i, example in enumerate(clean)}
-    for verdict in (False, True):
-        part = [example for example in clean if example.unsafe == verdict]
-        known = repeated([text_of(example) for example in part], threshold)
-        kept += [(numbers[id(e)], e) for e, again in zip(part, known, strict=True) if not again]
-    rows = [example for _, example in sorted(kept, key=lambda pair: pair[0])]
-    return rows, Dropped(len(examples) - len(clean), len(clean) - len(rows))
+    kept = {} if cache is None else _read(cache)
+    key = "" if cache is None else _key(examples, held_out, threshold, once)
+    found = kept.get(key)
+    if found is None:
+        found = _search(examples, held_out, threshold, once, progress)
+        if cache is not None and processes.is_writer():
+            _write(cache, kept | {key: found})
+    gone = {*found.held_out, *found.repeated}
+    rows = [example for i, example in enumerate(examples) if i not in gone]
+    return rows, Dropped(len(found.held_out), len(found.repeated))
+
+
+def _search(
+    examples: Sequence[Example], held_out: HeldOut, threshold: float, once: bool, progress: Progress
+) -> Found:
+    known = [i for i, example in enumerate(progress(examples)) if held_out.holds(example)]
+    again: list[int] = []
+    left = sorted(set(range(len(examples))) - set(known))
+    for verdict in (False, True) if once else ():
+        part = [i for i in left if examples[i].unsafe == verdict]
+        flags = repeated([text_of(examples[i]) for i in part], threshold)
+        again += [i for i, flag in zip(part, flags, strict=True) if flag]
+    return Found(tuple(known), tuple(sorted(again)))
+
+
+def _key(examples: Sequence[Example], held_out: HeldOut, threshold: float, once: bool) -> str:
+    """Hash of all that the search depends on."""
+    said = hashlib.sha256(json.dumps([near_duplicates.LETTERS, threshold, once]).encode())
+    for part in (held_out.examples, examples):
+        for e in part:
+            said.update(json.dumps([[m.text for m in e.messages], e.unsafe]).encode())
+        said.update(b"\0")
+    return said.hexdigest()
+
+
+def _read(path: Path) -> dict[str, Found]:
+    """What the file keeps; {} where there is none or it is damaged, for then all is searched again."""
+    try:
+        values: Any = json.loads(path.read_text())
+        return {
+            key: Found(tuple(map(int, held_out)), tuple(map(int, again)))
+            for key, (held_out, again) in values.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(path: Path, values: dict[str, Found]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({key: [f.held_out, f.repeated] for key, f in values.items()}))
+    os.replace(temporary, path)

@@ -1,16 +1,25 @@
 """What `guard train` and `guard prune` do, with the settings of their flags (see `cli_train`)."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from core_llm import processes
 from core_llm.checkpoint import load_core
 from core_llm.devices import chosen_device
 from core_llm.errors import UserError
+from core_llm.files import lock
 from core_llm.lora import ALL_LINEAR, LoRA, LoRAConfig
+from core_llm.model import Llama
+from core_llm.tokenizer import Tokenizer
 from core_llm.train.fit import FitConfig
 from guard import card, data_card, stored
-from guard.compress import Compression, compress, report, write_report
+from guard.compress import Compression, Stage, compress, report, write_report
 from guard.distillation import Distillation, with_opinions
 from guard.guard import Guard
 from guard.policy import Policy
@@ -30,6 +39,7 @@ class TrainRun:
     data: tuple[Path, ...]
     held_out: float
     near_duplicates: float
+    drop_repeated: bool
     policy: Path | None
     rules: bool
     lora_rank: int
@@ -72,6 +82,13 @@ class TrainRun:
         # Either the regression's opinion or the larger guard's.
         weight = 0.0 if self.teacher else recipe.teacher_weight
         data = _data(self, weight, policy)
+        with _alone(self.out):
+            self._train(core, tokenizer, where, recipe, policy, data)
+
+    def _train(
+        self, core: Llama, tokenizer: Tokenizer, where: torch.device, recipe: Recipe, policy: Policy,
+        data: TrainingData,
+    ) -> None:  # fmt: skip
         parts = data.all_parts
         distil = None
         if self.teacher is not None:
@@ -114,6 +131,7 @@ class TrainRun:
         parts += [f"--batch {self.batch}", f"--seed {self.seed}"]
         parts += ["--rules"] * self.rules + [f"--lora-rank {self.lora_rank}"] * bool(self.lora_rank)
         parts += ["--data FILE"] * len(self.data) + ["--policy FILE"] * bool(self.policy)
+        parts += ["--drop-repeated"] * self.drop_repeated
         parts += [f"--teacher DIR --temperature {self.temperature}"] * bool(self.teacher)
         return " ".join([*parts, "--out DIR"])
 
@@ -134,6 +152,7 @@ class PruneRun:
     data: tuple[Path, ...]
     held_out: float
     near_duplicates: float
+    drop_repeated: bool
     rows: int
     steps: int
     lr: float
@@ -163,7 +182,11 @@ class PruneRun:
             self.out / "state", self.steps, self.lr, warmup=20, seed=self.seed, resume=self.resume,
             save_every=50,
         )  # fmt: skip
-        small, stages = compress(guard, data.all_parts, data.held_out, config, settings)
+        with _alone(self.out):
+            small, stages = compress(guard, data.all_parts, data.held_out, config, settings)
+            self._save(small, stages, data)
+
+    def _save(self, small: Guard, stages: list[Stage], data: TrainingData) -> None:
         small.core.to("cpu")
         table = report(stages)
         small.save(
@@ -175,10 +198,30 @@ class PruneRun:
         print(f"guard saved in {self.out}")
 
 
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other programs out of the folder; raises `UserError` where one is at work there."""
+    if not processes.is_writer():
+        yield
+        return
+    (out / "state").mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out / "state" / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if not lock(descriptor):
+            raise UserError(f"{out}: another run is writing there; wait for it, or choose another folder")
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _data(run: TrainRun | PruneRun, teacher_weight: float, policy: Policy) -> TrainingData:
     if not 0 <= run.held_out < 1:
         raise UserError(f"--held-out must be in [0, 1), got {run.held_out}")
+    if run.drop_repeated and not run.near_duplicates:
+        raise UserError("--drop-repeated needs an overlap: give --near-duplicates more than 0")
+    cache = run.out / "state" / "near_duplicates.json"
     chosen = DataConfig(
-        run.data_root, run.sets, run.data, run.near_duplicates, run.held_out, teacher_weight, run.seed
-    )
+        run.data_root, run.sets, run.data, run.near_duplicates, run.drop_repeated, cache, run.held_out,
+        teacher_weight, run.seed,
+    )  # fmt: skip
     return load_data(chosen, policy)

@@ -32,13 +32,16 @@ SETS = (*examples.MIXTURE, TEMPLATES)
 @dataclass(frozen=True)
 class DataConfig:
     """What is trained on. sets: names of `SETS`; files: JSONL of one's own; threshold: of near-duplicates,
-    0 to look for none; held_out: share of the contexts of a file that is held out.
+    0 to look for none; once: drop repetitions too; held_out: share of the contexts of a file that is held
+    out; cache: a file that keeps which rows were dropped.
     """
 
     root: Path | None = None
     sets: tuple[str, ...] = SETS
     files: tuple[Path, ...] = ()
     threshold: float = THRESHOLD
+    once: bool = False
+    cache: Path | None = None
     held_out: float = 0.1
     teacher_weight: float = 0.5
     seed: int = 0
@@ -99,8 +102,8 @@ def _keep_apart(
         dropped = Dropped()
         if config.threshold:
             # What the project generates repeats itself on purpose; there is nothing in it to be fair to.
-            again = name != TEMPLATES
-            rows, dropped = decontaminated(rows, known, config.threshold, again, _bar(name))
+            once = config.once and name != TEMPLATES
+            rows, dropped = decontaminated(rows, known, config.threshold, once, _bar(name), config.cache)
         if not rows:
             raise UserError(f"{name}: every row repeats a held-out one, none is left to train on")
         if name in examples.MIXTURE and examples.MIXTURE[name].taught:

@@ -1,13 +1,15 @@
-"""Near-duplicate texts: MinHash signatures find candidates, their exact overlap decides.
+"""Near-duplicate texts, all of them: an index of rare n-grams proposes pairs, their exact overlap decides.
 
 Texts are sets of letter n-grams after folding of case, width, punctuation and blanks; two are near-duplicates
-where their Jaccard overlap reaches a threshold. MinHash and its banding: Broder 1997; Leskovec, Rajaraman and
-Ullman, Mining of Massive Datasets, chapter 3.
+where their Jaccard overlap reaches a threshold. Prefix filtering: Chaudhuri, Ganti and Kaushik, A Primitive
+Operator for Similarity Joins in Data Cleaning (ICDE 2006); Bayardo, Ma and Srikant, Scaling Up All Pairs
+Similarity Search (WWW 2007).
 """
 
+import math
 import re
 import unicodedata
-import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 
@@ -15,8 +17,7 @@ from core_llm.errors import UserError
 
 LETTERS = 5  # of an n-gram
 THRESHOLD = 0.8
-_PERMUTATIONS = 128
-_SEED = 1
+_ROUNDING = 1e-9  # of a threshold times a number of n-grams
 
 
 def words(text: str) -> list[str]:
@@ -38,64 +39,62 @@ def shingles(text: str) -> frozenset[str]:
 
 def overlap(first: frozenset[str], second: frozenset[str]) -> float:
     """Jaccard overlap in [0, 1]; of two empty sets 0, because nothing is the same."""
-    together = len(first | second)
-    return len(first & second) / together if together else 0.0
-
-
-def _hash(data: bytes) -> int:
-    return zlib.crc32(data)
+    shared = len(first & second)
+    together = len(first) + len(second) - shared
+    return shared / together if together else 0.0
 
 
 class NearDuplicates:
-    """An index of texts that tells which of them a text is a near-duplicate of.
+    """An index of texts that tells which of them a text is a near-duplicate of; none is missed.
 
-    Signatures only propose; a proposal counts where the n-grams overlap by `threshold`. The bands are chosen
-    so that hardly any true pair is missed. Raises `UserError` for a threshold outside (0, 1].
+    Of two sets whose overlap reaches t, each holds at least a share t of itself in common with the other. So
+    the rarest n-gram that they share is among the rarest n - ⌈t n⌉ + 1 of each: only these are looked up.
+    common: texts that tell which n-grams are rare, by default those of the index; a matter of speed alone.
+    Raises `UserError` for a threshold outside (0, 1].
     """
 
-    def __init__(self, texts: Iterable[str] = (), threshold: float = THRESHOLD) -> None:
-        from datasketch import MinHashLSH
-
+    def __init__(
+        self, texts: Iterable[str] = (), threshold: float = THRESHOLD, common: Sequence[str] = ()
+    ) -> None:
         if not 0 < threshold <= 1:
             raise UserError(
                 f"a threshold of near-duplicates lies above 0 and at most at 1, not at {threshold}"
             )
         self.threshold = threshold
-        self._lsh = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS, weights=(0.1, 0.9))
+        texts = list(texts)
+        self._count: Counter[str] = Counter()
+        for text in common or texts:
+            self._count.update(shingles(text))
+        self._holders: defaultdict[str, list[int]] = defaultdict(list)
         self._known: list[frozenset[str]] = []
         for text in texts:
             self.add(text)
 
     def add(self, text: str) -> int:
         """Number of the text in the index, counted from 0."""
-        grams, signature = _prepared(text)
+        grams = _shingles(text)
+        for gram in self._rarest(grams):
+            self._holders[gram].append(len(self._known))
         self._known.append(grams)
-        if grams:
-            self._lsh.insert(len(self._known) - 1, signature)
         return len(self._known) - 1
 
     def find(self, text: str) -> list[int]:
         """Numbers of the texts that this one is a near-duplicate of, in order."""
-        grams, signature = _prepared(text)
-        if not grams:
-            return []
-        proposed = sorted(self._lsh.query(signature))
-        return [i for i in proposed if overlap(grams, self._known[i]) >= self.threshold]
+        grams = _shingles(text)
+        proposed = {i for gram in self._rarest(grams) for i in self._holders.get(gram, ())}
+        return [i for i in sorted(proposed) if overlap(grams, self._known[i]) >= self.threshold]
+
+    def _rarest(self, grams: frozenset[str]) -> list[str]:
+        """The n-grams one of which a near-duplicate must share; in one order for all texts, [] of none."""
+        places = len(grams) - math.ceil(self.threshold * len(grams) - _ROUNDING) + 1
+        rarest = sorted(gram for gram in grams if gram not in self._count)
+        if len(rarest) < places:  # hardly ever in a search for leaks, which it makes fast
+            counted = sorted(gram for gram in grams if gram in self._count)
+            rarest += sorted(counted, key=self._count.__getitem__)
+        return rarest[:places]
 
 
-@lru_cache(maxsize=4)  # a text is often asked for in several indexes, and then added to one
-def _prepared(text: str) -> tuple[frozenset[str], object]:
-    """n-grams and signature of a text."""
-    grams = shingles(text)
-    return grams, _signature(grams) if grams else None
-
-
-def _signature(grams: frozenset[str]) -> object:
-    from datasketch import MinHash
-
-    signature = MinHash(num_perm=_PERMUTATIONS, seed=_SEED, hashfunc=_hash)
-    signature.update_batch([gram.encode() for gram in grams])
-    return signature
+_shingles = lru_cache(maxsize=4)(shingles)  # a text is often asked for first and then added
 
 
 def groups(
@@ -107,7 +106,7 @@ def groups(
 
     progress: wraps the texts, for a progress bar.
     """
-    index = NearDuplicates(threshold=threshold)
+    index = NearDuplicates(threshold=threshold, common=texts)
     first: list[int] = []
     for number, text in enumerate(progress(texts)):
         first.append(number)
@@ -133,7 +132,7 @@ def join(group: list[int], a: int, b: int) -> None:
 
 def repeated(texts: Sequence[str], threshold: float = THRESHOLD) -> Iterator[bool]:
     """For each text whether it is a near-duplicate of one before it that was kept."""
-    index = NearDuplicates(threshold=threshold)
+    index = NearDuplicates(threshold=threshold, common=texts)
     for text in texts:
         known = bool(index.find(text))
         if not known:

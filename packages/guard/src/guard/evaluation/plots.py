@@ -19,6 +19,11 @@ COLORS = {
     TFIDF: "#009e73",
     LINEAR: "#cc79a7",
 }
+# What a reader without pictures is told of each kind; the numbers stand in the tables and the JSON.
+ALT = {
+    "reliability": "Share of unsafe rows over P(unsafe), before and after the temperature",
+    "precision_recall": "Precision over recall of the guard and what stands beside it",
+}
 _RESOLUTION = 160  # dots per inch
 _FEW = 10  # rows in a bin, below which its share of unsafe ones says little
 

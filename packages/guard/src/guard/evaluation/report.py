@@ -60,7 +60,12 @@ def sentences(result: "Evaluation") -> Iterator[str]:
             )
         for who in each.no_evidence:
             lead = each.differences[who]["auprc"]
-            yield f"{each.name}: no evidence that the guard ranks better than {who} (AUPRC {_signed(lead)})."
+            told = (
+                "the guard ranks worse than"
+                if lead.high < 0
+                else "no evidence that the guard ranks better than"
+            )
+            yield f"{each.name}: {told} {who} (AUPRC {_signed(lead)})."
 
 
 def _signed(estimate: Estimate) -> str:
@@ -102,12 +107,11 @@ def show(result: "Evaluation") -> None:
     console = Console()
     for each in result.sets:
         head, lines = table(each)
-        shown = Table(
-            *head, box=box.SIMPLE_HEAD, title=each.title, caption=subtitle(each), title_justify="left"
-        )
-        for line in lines:
-            # The interval on a line of its own: seven columns must fit on a terminal.
-            shown.add_row(*(cell.replace(" (", "\n(", 1) for cell in line))
+        # A classifier per column, intervals on lines of their own: it must fit on 80 characters.
+        shown = Table("", *(line[0] for line in lines), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        shown.title, shown.caption = each.title, subtitle(each)
+        for row, name in enumerate(head[1:], start=1):
+            shown.add_row(name, *(line[row].replace(" (", "\n(").replace(" – ", "–") for line in lines))
         console.print(shown)
     for sentence in sentences(result):
         console.print(sentence, highlight=False, markup=False)
@@ -115,9 +119,10 @@ def show(result: "Evaluation") -> None:
 
 def write(folder: Path, result: "Evaluation") -> Path:
     """Write report.html, evaluation.json and a PNG per figure; returns the page's path."""
-    drawn = {f"{kind}_{each.name}.png": png for each in result.sets for kind, png in plots.figures(each)}
-    for name, png in drawn.items():
-        write_bytes(folder / name, png)
+    drawn = {each.name: dict(plots.figures(each)) for each in result.sets}
+    for name, figures in drawn.items():
+        for kind, png in figures.items():
+            write_bytes(folder / f"{kind}_{name}.png", png)
     write_text(folder / "evaluation.json", json.dumps(as_json(result), indent=2, allow_nan=False) + "\n")
     write_text(folder / "report.html", page(result, drawn))
     return folder / "report.html"
@@ -170,11 +175,13 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px;
 .wide{overflow-x:auto}th{font-weight:600}
 th,td{padding:.35rem .7rem;text-align:left;border-bottom:1px solid #e6e9ef;white-space:nowrap}
 small,.facts{color:#6a7385}figure{margin:0}.figures{display:flex;flex-wrap:wrap;gap:1.2rem}
-img{max-width:100%;width:520px}h2{margin:2.2rem 0 0}
+img{max-width:100%;width:520px;border-radius:4px}h2{margin:2.2rem 0 0}
+@media(prefers-color-scheme:dark){body{color:#e4e7ee;background:#14171f}
+th,td{border-color:#2c3240}small,.facts{color:#98a1b3}}
 """
 
 
-def page(result: "Evaluation", drawn: dict[str, bytes]) -> str:
+def page(result: "Evaluation", drawn: dict[str, dict[str, bytes]]) -> str:
     """The report as one HTML page, pictures included."""
     made = result.provenance
     facts = [
@@ -191,19 +198,19 @@ def page(result: "Evaluation", drawn: dict[str, bytes]) -> str:
     body = "".join(_section(each, drawn) for each in result.sets)
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Guard evaluation: {html.escape(result.guard)}</title><style>{_STYLE}</style>"
         f"<h1>Guard evaluation</h1><p class=facts>{' · '.join(facts)}</p>"
         f"<ul>{said}</ul>{body}</html>\n"
     )
 
 
-def _section(each: Measured, drawn: dict[str, bytes]) -> str:
+def _section(each: Measured, drawn: dict[str, dict[str, bytes]]) -> str:
     head, lines = table(each)
     rows = "".join(_row(line, "td") for line in lines)
     shown = "".join(
-        f'<figure><img alt="{html.escape(name)}" src="{_uri(png)}"></figure>'
-        for name, png in drawn.items()
-        if name.endswith(f"_{each.name}.png")
+        f'<figure><img alt="{html.escape(plots.ALT[kind])}" src="{_uri(png)}"></figure>'
+        for kind, png in drawn[each.name].items()
     )
     return (
         f"<h2>{html.escape(each.title)} <small>{html.escape(each.name)}</small></h2>"
