@@ -76,7 +76,7 @@ class HfModel(Speaks):
         many = type(config) in AutoModelForMultimodalLM._model_mapping
         auto = AutoModelForMultimodalLM if senses and many else AutoModelForCausalLM
         try:
-            loaded = auto.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 self._folder, dtype=dtype, use_safetensors=True, local_files_only=True
             )
         except Exception as error:
@@ -276,7 +276,8 @@ class HfModel(Speaks):
     @property
     def context(self) -> int:
         text = self.model.config.get_text_config()
-        return int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", 2048))
+        found: Any = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+        return int(found or 2048)
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))

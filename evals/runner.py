@@ -91,7 +91,7 @@ def evaluate(
     with records.RecordStore(folder, task.name) as store:
         asked = Asker(task, subject, store)
         if run is not None:
-            chosen = {"split": options.split, "limit": options.limit, "seed": options.seed}
+            chosen: dict[str, Any] = {"split": options.split, "limit": options.limit, "seed": options.seed}
             chosen |= {"answers_sha256": asked.checkpoint, "data_root": _place(options)}
             records.claim(folder, task, fingerprint, chosen, run)
         outputs = asked.answers(samples, task.name, digests)

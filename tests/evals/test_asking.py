@@ -1,11 +1,9 @@
 """Batches, ways of asking, and what a killed, repeated or shared run leaves on disk."""
 
 import json
+import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,28 +18,17 @@ from evals import answers, asking, records, run, runner
 from evals.tasks import Options, find
 from evals.tasks.base import Output, Sample, Task
 
+# What torchrun starts: the same task, found in this very file.
 PROGRAM = """
-import sys, time
+import importlib.util, sys
 from pathlib import Path
-from core_llm import cli_tools, processes
-from core_llm.chat import Message
-from evals import runner
-from evals.tasks.base import Options, Sample, Task
-
-class Slow:
-    name, quantization, part_hashes = "slow", None, {}
-    def fingerprint(self, needs): return "slow"
-    def generate(self, conversations, max_new_tokens):
-        time.sleep(0.004)
-        return [c[-1].text[::-1] for c in conversations]
-
-rows = [Sample(str(i), str(i), (Message("user", f"question {i} " * (1 + i % 9)),), "x") for i in range(400)]
-task = Task("slow", "", "text", ("core",), "", "", ("accuracy",), "generate", lambda options: rows,
-            lambda sample, output: {"correct": float(output["text"] == sample.messages[0].text[::-1])},
-            batch_size=4)
+from core_llm import processes
+spec = importlib.util.spec_from_file_location("tested", sys.argv[1])
+tested = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tested)
 processes.start()
-done = runner.evaluate(task, Slow(), Options(), Path(sys.argv[1]))
-print(done.scored.n, done.scored.estimates["accuracy"].value, done.reused, processes.rank())
+done = tested.backwards(Path(sys.argv[2]))
+print(done.scored.n, done.scored.estimates["accuracy"].value, done.reused)
 """
 
 
@@ -56,42 +43,64 @@ def program(tmp_path: Path) -> Path:
     return path
 
 
-def test_run_killed_again_and_again_loses_and_repeats_nothing(program: Path, tmp_path: Path) -> None:
-    def begin(folder: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(program), str(tmp_path / folder)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+class Backwards:
+    """Says every question backwards, slowly."""
 
-    whole = begin("whole")
+    name, quantization = "backwards", None
+    part_hashes: dict[str, str] = {}
+
+    def fingerprint(self, needs: Any) -> str:
+        return "backwards"
+
+    def generate(self, conversations: Any, max_new_tokens: int) -> list[str]:
+        time.sleep(0.004)
+        return [messages[-1].text[::-1] for messages in conversations]
+
+
+def backwards(folder: Path) -> runner.Evaluation:
+    rows = [
+        Sample(str(i), str(i), (Message("user", f"question {i} " * (1 + i % 9)),), "x") for i in range(400)
+    ]
+    task = Task(
+        "slow", "", "text", ("core",), "", "", ("accuracy",), "generate", lambda options: rows,
+        lambda sample, output: {"correct": float(output["text"] == sample.messages[0].text[::-1])},
+        batch_size=4,
+    )  # fmt: skip
+    return runner.evaluate(task, Backwards(), Options(), folder)  # type: ignore[arg-type]
+
+
+def test_run_killed_again_and_again_loses_and_repeats_nothing(tmp_path: Path) -> None:
     path = tmp_path / "killed" / "slow.jsonl"
     seen = 0
-    for more in (5, 150):
-        stopped = begin("killed")
+    for more in (5, 60, 150):
+        child = multiprocessing.get_context("fork").Process(target=backwards, args=(path.parent,))
+        child.start()
         deadline = time.monotonic() + 60
         while len(lines_of(path)) < seen + more and time.monotonic() < deadline:
-            time.sleep(0.002)
-        stopped.send_signal(signal.SIGKILL)
-        stopped.communicate()
+            time.sleep(0.001)
+        child.kill()  # SIGKILL: nothing can clean up
+        child.join()
         assert seen < len(lines_of(path)) < 400
         seen = len(lines_of(path))
-    last = begin("killed")
-    told = last.communicate()[0].split()
-    assert told[:3] == ["400", "1.0", str(seen)]
-    whole.communicate()
+    last = backwards(path.parent)
+    assert (last.scored.n, last.scored.estimates["accuracy"].value, last.reused) == (400, 1.0, seen)
+    backwards(tmp_path / "whole")
     assert path.read_bytes() == (tmp_path / "whole" / "slow.jsonl").read_bytes()
     assert len({json.loads(line)["id"] for line in lines_of(path)}) == 400
 
 
+@pytest.mark.slow
 def test_torchrun_splits_the_samples_and_merges_them(program: Path, tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     folder.mkdir()
     # What a killed process of an earlier run has left, with a half line at its end.
     task = Task("slow", "", "text", ("core",), "", "", ("accuracy",), "generate", list, dict)
     left = Sample("3", "3", (Message("user", "question 3 " * 4),), "x")
-    line = {"key": records.record_key(task, left, "slow"), "id": "3", "output": {"text": "taken over"}}
+    line = {"key": records.record_key(task, left, "backwards"), "id": "3", "output": {"text": "taken over"}}
     (folder / "slow.rank7.jsonl").write_text(json.dumps(line) + '\n{"key": "half')
-    told = sorted(torchrun(program, folder).splitlines())
+    told = sorted(torchrun(program, Path(__file__), folder).splitlines())
     accuracy = str(399 / 400)
-    assert told == [f"400 {accuracy} 1 {rank}" for rank in (0, 1)]
+    assert told == [f"400 {accuracy} 1"] * 2
     assert [path.name for path in folder.iterdir()] == ["slow.jsonl"]
     found = [json.loads(line) for line in lines_of(folder / "slow.jsonl")]
     assert len(found) == 400 and {record["id"] for record in found} == {str(i) for i in range(400)}
