@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's protocol, asked through the official client; at times it fails, as they do."""
+"""A server that speaks the OpenAI protocol, asked through the official client; at times it fails."""
 
 import base64
 import io
