@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from core_llm.files import write_text
 from evals import report, scorecard, scorecard_rows, scorecard_sections
+from evals.judge import default_judge
 from evals.runner import Scored, metrics_json
 from evals.scorecard_answers import Gap, effects
 from evals.scorecard_calibration import Calibrated
@@ -68,7 +69,7 @@ def values(measured: "Measured") -> dict[str, Any]:
         "scorecard": FORMAT,
         "quick": measured.plan.quick,
         "guard": Path(measured.guard).name if measured.guard else None,
-        "judge": measured.judge,
+        "judge": default_judge().error.as_json(),
         "provenance": measured.provenance,
         "tasks": measured.entries,
         "guard_effect": {

@@ -17,7 +17,7 @@ TEXT, IMAGE, SPEECH = "text", "image", "speech"
 FORMS = (TEXT, IMAGE, SPEECH)
 NEEDS = {TEXT: "core", IMAGE: "image", SPEECH: "audio"}
 
-SIDES = (448, 672, 896, 1344, 1792)  # pixels
+_SIDE = 448  # pixels
 _RATE = 16_000  # Hz
 _SPEED = 150  # words per minute
 
@@ -30,14 +30,16 @@ def request_of(sample: Sample) -> str:
 def in_forms(samples: Sequence[Sample], forms: Sequence[str]) -> list[Sample]:
     """Every typed request in each of `forms`; `kind` names the form, and all forms of one share a group.
 
-    Raises `Unavailable` where speech is wanted and no synthesiser is installed.
+    What is too long to be drawn is left out of the pictures. Raises `Unavailable` where speech is wanted
+    and no synthesiser is installed.
     """
     made: list[Sample] = []
     for form in forms:
         if form == TEXT:
             made += [replace(sample, group=sample.id, kind=TEXT) for sample in samples]
         elif form == IMAGE:
-            made += [_as_part(s, IMAGE, Image(picture(request_of(s)))) for s in samples]
+            drawn = [(sample, picture(request_of(sample))) for sample in samples]
+            made += [_as_part(s, IMAGE, Image(image)) for s, image in drawn if image is not None]
         else:
             clips = spoken([s.id for s in samples], [request_of(s) for s in samples])
             made += [_as_part(s, SPEECH, clip) for s, clip in zip(samples, clips, strict=True)]
@@ -56,19 +58,14 @@ def _as_part(sample: Sample, form: str, part: Image | Audio) -> Sample:
     )
 
 
-def picture(text: str) -> "PIL.Image.Image":
-    """The words drawn, as `guard-modalities` draws them; a long text gets a larger picture.
-
-    Raises `UserError` where even the largest has no room.
-    """
+def picture(text: str) -> "PIL.Image.Image | None":
+    """The words drawn, as `guard-modalities` draws them; None where they are too many for a picture."""
     from vision_adapter.typography import write
 
-    for side in SIDES[:-1]:
-        try:
-            return write(text, side)
-        except UserError:
-            continue
-    return write(text, SIDES[-1])
+    try:
+        return write(text, _SIDE)
+    except UserError:
+        return None
 
 
 def spoken(ids: Sequence[str], texts: Sequence[str]) -> list[Audio]:

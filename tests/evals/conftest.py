@@ -32,6 +32,7 @@ class FakeSubject:
     ) -> None:
         self.reply, self.judge, self.checkpoint = reply, judge, checkpoint
         self.name = "fake"
+        self.quantization: str | None = None
         self.part_hashes = {"core": "0" * 64}
         self.asked = 0
 
