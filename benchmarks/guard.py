@@ -89,6 +89,12 @@ def requests(count: int, policy: int, behind: int, words: int, seed: int) -> lis
     return [Row([*head, *(rng.randrange(words) for _ in range(n)), *tail], policy) for n in lengths]
 
 
+def spread(rows: Sequence[Row], count: int) -> list[int]:
+    """Numbers of `count` rows whose lengths are as spread as those of all."""
+    ranked = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    return [ranked[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
+
+
 @dataclass
 class Peer:
     """transformers' generate. seconds: per round, summed over calls, after each number of new tokens."""
@@ -144,6 +150,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     guard = Guard(core, Tokenizer.load(NANO))
     reading = guard.prompter.reading()
     rows = requests(options.requests, options.policy, options.behind, config.vocab_size - 256, options.seed)
+    chosen = spread(rows, options.peer_requests or len(rows))
+    some = [rows[i] for i in chosen]
     words = (reading.tokens.safe, reading.tokens.unsafe)
     model = peer_of(core)
     peers = [Peer(model, words, batch) for batch in options.peer_batch]
@@ -156,21 +164,21 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             verdicts = [v.probability for v in guard.judge_prompts(rows, reading, options.batch)]
             ours.append(time.perf_counter() - began)
             for peer in peers:
-                peer.run(rows, ANSWERS)
+                peer.run(some, ANSWERS)
     table = []
     for peer in peers:
-        gap = max(abs(a - b) for a, b in zip(verdicts, peer.found, strict=True))
+        gap = max(abs(a - b) for a, b in zip((verdicts[i] for i in chosen), peer.found, strict=True))
         noise = max(abs(a - b) for a, b in zip(peers[0].found, peers[-1].found, strict=True))
         for count in ANSWERS:
             theirs = [seconds[count] for seconds in peer.seconds]
-            ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+            ratios = [len(rows) / a / (len(some) / b) for a, b in zip(ours, theirs, strict=True)]
             table.append(
                 {
                     "policy tokens": options.policy,
                     "prompt tokens": round(statistics.mean(len(row.ids) for row in rows)),
                     "transformers": f"batch {peer.batch}, {count} tokens",
                     "ours/s": f"{len(rows) / statistics.median(ours):.2f}",
-                    "transformers/s": f"{len(rows) / statistics.median(theirs):.2f}",
+                    "transformers/s": f"{len(some) / statistics.median(theirs):.2f}",
                     "ratio": f"{statistics.median(ratios):.1f}",
                     "P(unsafe) differs by": f"{gap:.4f}",
                     "transformers from itself": f"{noise:.4f}",
@@ -187,6 +195,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8, help="of our guard")
     parser.add_argument("--peer-batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument(
+        "--peer-requests", type=int, help="give transformers only so many of the prompts, for a short run"
+    )
     parser.add_argument("--policy", type=int, default=150, help="tokens of the policy")
     parser.add_argument("--behind", type=int, default=60, help="tokens behind the user's text")
     parser.add_argument("--layers", type=int, default=16, help="fewer for a trial")

@@ -38,6 +38,8 @@ MIN_SHARED = 32
 MAX_PREFIXES = 8
 # Padded positions in one pass: more gain nothing in speed, and their activations take memory.
 MAX_TOKENS = 4096
+# Positions that keep a CPU busy: a batch that has them is closed before a twentieth of it would be padding.
+BUSY_TOKENS = 512
 
 
 class Guard:
@@ -174,14 +176,26 @@ class Guard:
         for prefix, members in groups.items():
             members.sort(key=lambda i: len(rows[i].ids))
             batch: list[int] = []
+            real = 0  # positions of the batch that are no padding
             for index in members:
                 width = len(rows[index].ids) - len(prefix)
-                if batch and (len(batch) == batch_size or (prefix and (len(batch) + 1) * width > MAX_TOKENS)):
+                if batch and (
+                    len(batch) == batch_size or (prefix and self._is_full(len(batch), real, width))
+                ):
                     batches.append(batch)
                     batch = []
+                real = width + (real if batch else 0)
                 batch.append(index)
             batches.append(batch)
         return batches
+
+    def _is_full(self, count: int, real: int, width: int) -> bool:
+        """Whether a batch of `count` rows should end before one of `width`, by which all would be padded."""
+        padded = (count + 1) * width
+        if padded > MAX_TOKENS:
+            return True
+        on_cpu = self.core.embed_tokens.weight.device.type == "cpu"
+        return on_cpu and real >= BUSY_TOKENS and real + width < 0.95 * padded
 
     def judge_rows(self, rows: Sequence[Row], reading: Reading) -> list[Verdict]:
         """A verdict for each prompt, in one forward pass; they begin with the same prefix, if any."""
