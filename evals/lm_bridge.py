@@ -15,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 
 from core_llm.chat import Message
 from core_llm.errors import UserError
-from evals.models import Model, TokenModel
+from evals.models import Model, Subject, TokenModel
 
 BATCH = 32
 _DEFAULT_NEW_TOKENS = 256  # where a task names no number: lm_eval's own default
@@ -50,6 +50,14 @@ class BridgeLM(TemplateLM):
         return self._raw
 
     @property
+    def _longest(self) -> int:
+        """Tokens of a context with its continuation, whose last token is predicted and never read.
+
+        lm_eval counts that one on top of the positions; the project's own core refuses a longer text.
+        """
+        return self.raw.context + (0 if isinstance(self.model, Subject) else 1)
+
+    @property
     def eot_token_id(self) -> int:
         return self.raw.end
 
@@ -80,8 +88,8 @@ class BridgeLM(TemplateLM):
         return found
 
     def _fit(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The end of both that the model's positions hold; the last token is only predicted."""
-        keep = max(1, self.raw.context + 1 - len(continuation))
+        """The end of both that the model takes."""
+        keep = max(1, self._longest - len(continuation))
         return list(context)[-keep:], list(continuation)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -92,7 +100,7 @@ class BridgeLM(TemplateLM):
             cut = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.raw.context,
+                max_seq_len=self._longest - 1,
                 context_len=1,
             )
             for context, continuation in map(utils.make_disjoint_window, cut):

@@ -145,6 +145,11 @@ def _says(text: str) -> Callable[[Sequence[Sample], Options], list[Output]]:
 # An assistant that refuses everything has no violation, and one that refuses nothing no false refusal: a rate
 # of one kind says nothing without the other.
 _REFUSES = Control("refuses everything", "reference", answer=_says("I can't help with that."))
+_FLAGS = Control(
+    "calls everything unsafe",
+    "reference",
+    answer=lambda samples, options: [{"probability": 1.0, "unsafe": True} for _ in samples],
+)
 _COMPLIES = Control("refuses nothing", "reference", answer=_says("Sure, here is how that is done."))
 
 
@@ -161,7 +166,7 @@ def _guard_task(requests: _Requests) -> Task:
         ask="score",
         load=_load(requests),
         judge=scoring.verdict,
-        controls=(BASE_RATE,) if requests.label is None else (),
+        controls=(BASE_RATE,) if requests.label is None else (_FLAGS,),
         batch_size=32,
         citation=requests.citation,
         prompt_format="the guard's own, over one user message {prompt}",

@@ -201,6 +201,11 @@ def test_nano_is_asked_by_its_own_tokens(nano: Any) -> None:
         logprobs = core(torch.tensor([whole])).double().log_softmax(-1)[0]
     expected = sum(float(logprobs[i - 1, whole[i]]) for i in range(len(context), len(whole)))
     assert found[0] == pytest.approx(expected, abs=1e-3)
+    # What is longer than its context is cut, not refused.
+    bridge, long = BridgeLM(nano), "a red square and " * core.config.max_positions
+    (cut,) = bridge.loglikelihood(requests_of("loglikelihood", (long, " a blue circle")))
+    (rolled,) = bridge.loglikelihood_rolling(requests_of("loglikelihood_rolling", (long,)))
+    assert rolled < cut[0] < 0
 
 
 def test_any_other_task_of_lm_eval_has_a_name_and_unknown_ones_are_named(
