@@ -5,7 +5,7 @@ from core_llm.chat import Audio
 from core_llm.errors import UserError
 from speech_adapter.adapter import SpeechAdapter, SpeechInputs
 from speech_adapter.chunks import Chunking
-from speech_adapter.conformer import Conformer, ConformerLayer, RotaryAttention
+from speech_adapter.conformer import Conformer, ConformerLayer, MacaronFeedForward, RotaryAttention
 from speech_adapter.testing import chirp
 
 
@@ -42,6 +42,14 @@ def convolved(layer: torch.nn.Module, x: torch.Tensor, before: list[torch.Tensor
     return layer.out(torch.nn.functional.silu(layer.inner_norm(torch.stack(out))))
 
 
+def fed_forward(layer: MacaronFeedForward, x: torch.Tensor) -> torch.Tensor:
+    """The two products of a feed-forward and what is between them, without dropout and without its weight."""
+    hidden = x.sub(x.mean(-1, keepdim=True))
+    hidden = hidden / (hidden.square().mean(-1, keepdim=True) + layer.norm.eps).sqrt()
+    hidden = (hidden * layer.norm.weight + layer.norm.bias) @ layer.up.weight.T + layer.up.bias
+    return hidden / (1 + (-hidden).exp()) @ layer.down.weight.T + layer.down.bias
+
+
 def by_hand(encoder: Conformer, x: torch.Tensor, chunking: Chunking) -> torch.Tensor:
     """Frames [S, C] through all layers, block by block, as the module's docstring describes it."""
     kept: list[dict[str, list[torch.Tensor]]] = [{"a": [], "c": []} for _ in encoder.layers]
@@ -51,14 +59,14 @@ def by_hand(encoder: Conformer, x: torch.Tensor, chunking: Chunking) -> torch.Te
         n = min(chunking.chunk, len(block))
         for layer, past in zip(encoder.layers, kept, strict=True):
             assert isinstance(layer, ConformerLayer)
-            block = layer.first.add_to(block.clone(), 0.5)
+            block = block + 0.5 * fed_forward(layer.first, block)
             back = past["a"][-chunking.look_back :] if chunking.look_back else []
             past["a"] += block[:n]
             block = block + attended(layer.attention, block, back, at)
             back = past["c"][-3:]
             past["c"] += block[:n]
             block = block + convolved(layer.convolution, block, back)
-            block = layer.norm(layer.second.add_to(block, 0.5))
+            block = layer.norm(block + 0.5 * fed_forward(layer.second, block))
         done.append(block[:n])
     return torch.cat(done)
 

@@ -3,7 +3,7 @@ import torch
 
 from core_llm.rope import inverse_frequencies, rotations
 from speech_adapter.config import SpeechConfig
-from speech_adapter.conformer import Conformer, RotaryAttention
+from speech_adapter.conformer import Conformer, ConformerLayer, MacaronFeedForward, RotaryAttention
 from speech_adapter.testing import small_config
 
 
@@ -28,6 +28,28 @@ def test_attention_equals_a_plain_float64_softmax() -> None:
     weights = scores.masked_fill(~real[:, None], float("-inf")).softmax(-1)
     expected = x + layer.out(weights @ v)
     torch.testing.assert_close(layer.eval().add_to(x, (cos, sin), real), expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_feed_forwards_around_attention_and_convolution_weigh_one_half(gradients: bool) -> None:
+    torch.manual_seed(0)
+    layer = ConformerLayer(small_config()).double().eval()
+    x = torch.randn(2, 5, layer.norm.normalized_shape[0], dtype=torch.float64)
+    cos, sin = (part.double() for part in rotation(5, layer.attention.head_dim))
+    # Of attention and convolution nothing is left: two halves and a norm.
+    for out in (layer.attention.out, layer.convolution.out):
+        torch.nn.init.zeros_(out.weight)
+    torch.nn.init.zeros_(layer.convolution.out.bias)
+
+    def plain(part: MacaronFeedForward, x: torch.Tensor) -> torch.Tensor:
+        hidden = part.norm(x) @ part.up.weight.T + part.up.bias
+        return (hidden * hidden.sigmoid()) @ part.down.weight.T + part.down.bias
+
+    half = x + plain(layer.first, x) / 2
+    expected = layer.norm(half + plain(layer.second, half) / 2)
+    with torch.set_grad_enabled(gradients):
+        found = layer(x.clone(), (cos, sin), None)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
 
 
 @torch.no_grad()

@@ -439,6 +439,10 @@ def test_a_bad_recording_is_left_out_with_one_warning_and_many_stop_the_stage(
         assert task.loss(clips)[0].item() == pytest.approx(expected)
     told = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
     assert len(told) == 1 and "bad.wav" in told[0]
+    task.held_out = clips
+    found = task.evaluate()
+    task.held_out = good
+    assert found == task.evaluate() and found["held_out_loss"] == pytest.approx(expected)
     other = Example("worse", tmp_path / "gone.wav", "one", answer="yes")
     with pytest.raises(DataError, match="2 of 8 recordings cannot be read.*gone.wav.*repair them"):
         task.loss([*clips, *(Clip(item, (0, 9), Perturbation(), 30.0) for item in of(stage, [other]))])

@@ -174,7 +174,8 @@ class ClipTask(ABC, Generic[Item]):
             return False
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out figures; {} where nothing is held out."""
+        """Held-out figures; {} where nothing is held out. What cannot be read is left out of all of them."""
+        self.held_out = [clip for clip in self.held_out if self._readable(clip)]
         if not self.held_out:
             return {}
         loss, figures = self.loss(self.held_out)
