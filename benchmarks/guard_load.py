@@ -77,6 +77,7 @@ class Server:
 
         self.policy = folder / "policy.yaml"
         self.version = 1
+        self.told = False
         Policy(version="1").write(self.policy)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -130,10 +131,15 @@ class Server:
                 if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
                     os.kill(int(child), signal.SIGKILL)
 
-    def stop(self) -> int:
-        """Tell it to stop; its exit status."""
-        if self.process.poll() is None:
+    def tell(self) -> None:
+        """Tell it to stop, once: a second signal would end it at once."""
+        if not self.told and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+        self.told = True
+
+    def stop(self) -> int:
+        """Its exit status after it was told to stop."""
+        self.tell()
         try:
             return self.process.wait(60)
         finally:
@@ -263,7 +269,7 @@ def disturbed(server: Server, what: str, after: float) -> Callable[[], Awaitable
             elif what == "kill":
                 server.kill_engine()
             else:
-                server.process.send_signal(signal.SIGTERM)
+                server.tell()
 
     return happen
 

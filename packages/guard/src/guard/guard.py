@@ -39,7 +39,7 @@ MAX_PREFIXES = 8
 # Padded positions in one pass: more gain nothing in speed, and their activations take memory.
 MAX_TOKENS = 4096
 # Positions that keep a CPU busy: a batch that has them is closed before a twentieth of it would be padding.
-BUSY_TOKENS = 512
+BUSY_TOKENS = 256
 
 
 class Guard:
