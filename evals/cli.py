@@ -7,6 +7,8 @@ import tyro
 
 from core_llm import cli_tools
 from evals.cli_compare import compare as compare_runs
+from evals.cli_safety import attacked, attacks, judge
+from evals.cli_scaling import scaling
 from evals.cli_scorecard import scorecard
 from evals.cli_tasks import contamination, list_tasks
 
@@ -25,6 +27,7 @@ def run(
     guard: str | None = None,
     guard_on: str = "input,output",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    attack: str | None = None,
 ) -> None:
     """Run tasks with their controls; the same command run again continues where it stopped.
 
@@ -44,11 +47,13 @@ def run(
         guard: Ask through this guard: nano, a folder, or a hub id.
         guard_on: Where it checks: input, output, or both with a comma.
         device: Where the model stands: cpu, cuda, or auto (a GPU where there is one for each process).
+        attack: Ask the requests of a safety task also in other forms, and give the difference to plain on the
+            same rows: names with commas, or a+b for a, then b; `evals attacks` shows them.
     """
     from evals.run import run_tasks
     from evals.tasks import Options, find
 
-    chosen = find(tasks)
+    chosen = attacked(find(tasks), attack, seed)
     options = Options(data_root, split, limit, seed)
     sides = tuple(side.strip() for side in guard_on.split(",")) if guard else ()
     path = run_tasks(chosen, model, options, records, output, report, quantize, guard, sides, device)
@@ -141,6 +146,9 @@ def main() -> None:
             "contamination": contamination,
             "compare": compare_runs,
             "scorecard": scorecard,
+            "attacks": attacks,
+            "judge": judge,
+            "scaling": scaling,
             "quantization": quantization,
             "reproduce-nano": reproduce_nano,
         },

@@ -29,7 +29,7 @@ def test_error_rates_equal_scikit_learn() -> None:
 
 def test_judge_beats_majority_and_opening_words_on_held_out_rows() -> None:
     error, rows = default_judge().error, bundled("held-out")
-    assert error.rows == len(rows) == len(set(rows.texts)) >= 150
+    assert error.rows == len(rows) == len(set(rows.texts)) >= 140
     assert error.error.high < error.majority.low
     usual = re.compile(
         r"\s*(i.?.m (very )?sorry|sorry|i apolog|i can.?t|i cannot|i won.t|i.m (unable|not able)|no\b)", re.I
