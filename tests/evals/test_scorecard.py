@@ -156,7 +156,9 @@ def _guard_evaluation(fake: Any, folder: Path, said: np.ndarray, label: np.ndarr
     samples = [
         Sample(str(i), str(i), (Message("user", f"text {i}"),), "", label=int(y)) for i, y in enumerate(label)
     ]
-    task = replace(find(["guard-basics"])[0], load=lambda options: samples)
+    task = replace(
+        find(["guard-basics"])[0], load=lambda options: samples, metrics=("accuracy",), controls=()
+    )
     probability = {f"text {i}": float(p) for i, p in enumerate(said)}
     return evaluate(task, fake(judge=lambda m: probability[m[-1].text]), Options(), folder)
 

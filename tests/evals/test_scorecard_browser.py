@@ -30,7 +30,7 @@ const behind = e => {
   return "rgb(255, 255, 255)";
 };
 const kinds = ["h2", ".tile .name", ".tile .metric", ".tile .beside", "td", "th", ".note", ".badge.good",
-  ".badge.bad", ".facts", ".sample dt", ".sample dd", "nav a", "#count", "svg text", "kbd", "button"];
+  ".badge.bad", ".facts", ".sample dt", ".sample dd", "nav a", "#count", "svg text", "kbd", "#next"];
 return kinds.flatMap(kind => {
   const e = document.querySelector(kind);
   if (!e) return [];
@@ -56,6 +56,7 @@ def browser() -> Iterator[Any]:
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1000"):
         options.add_argument(flag)
     options.add_argument("--autoplay-policy=no-user-gesture-required")
+    options.add_argument("--force-prefers-reduced-motion")  # a page on the move is clicked beside the mark
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     window = webdriver.Chrome(options=options, service=Service(driver))
     yield window
@@ -107,25 +108,32 @@ def press(browser: Any, *keys: str) -> None:
         ActionChains(browser).send_keys(key).perform()
 
 
-def count(browser: Any) -> str:
-    return str(browser.find_element("id", "count").text)
+def wait_for_count(browser: Any, text: str) -> None:
+    """Until the page says how many rows it shows."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 10).until(
+        lambda b: b.find_element("id", "count").text == text,
+        f"not {text}: {browser.find_element('id', 'count').text}",
+    )
 
 
 def test_failures_and_kinds_are_filtered(browser: Any, page: str) -> None:
     from selenium.webdriver.support.ui import Select
 
     browser.get(page)
-    assert count(browser) == f"{ROWS} rows"
+    wait_for_count(browser, f"{ROWS} rows")
     browser.find_element("id", "failures").click()
-    assert count(browser) == "20 rows"
+    wait_for_count(browser, "20 rows")
     assert all("wrong" in card.get_attribute("class") for card in cards(browser))
     assert "<b>nothing</b>" in cards(browser)[0].text  # shown as text, not as markup
     Select(browser.find_element("id", "kind")).select_by_visible_text("seen")
-    assert count(browser) == "10 rows"
+    wait_for_count(browser, "10 rows")
     assert all(card.find_elements("tag name", "img") for card in cards(browser))
     browser.find_element("id", "query").send_keys("what is 33?")
-    assert count(browser) == "1 row"
+    wait_for_count(browser, "1 row")
     browser.find_element("id", "query").send_keys(" never")
+    wait_for_count(browser, "0 rows")
     assert not cards(browser)
 
 
@@ -155,9 +163,9 @@ def test_everything_is_reached_by_keys(browser: Any, page: str) -> None:
     press(browser, "n")
     assert browser.find_element("id", "page").text == "2 / 3"
     press(browser, "p", "f")
-    assert count(browser) == "20 rows"
+    wait_for_count(browser, "20 rows")
     press(browser, "/", "3", "3", Keys.ESCAPE, "f")
-    assert count(browser) == "1 row"
+    wait_for_count(browser, "1 row")
     press(browser, "/", Keys.BACKSPACE, Keys.BACKSPACE, Keys.ESCAPE)
     focused = "return document.activeElement.getAttribute('aria-label')"
     browser.execute_script("document.querySelector('.sample').focus()")
