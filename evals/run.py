@@ -45,7 +45,7 @@ def run_tasks(
     for task in tasks:
         subject.require(task.needs, task.name)
     shared = provenance.collect(model, dict(subject.part_hashes), options.seed, quantization)
-    shared |= {"model": subject.name if guard else shared["model"], "guard": guard}
+    shared |= {"model": _shown(model, shared["model"], guard, guard_on), "guard": guard and Path(guard).name}
     shared["harness_sha256"] = code_digest(Path(__file__).parent)
     evaluations: list[Evaluation] = []
     entries: list[results.Entry] = []
@@ -71,6 +71,18 @@ def run_tasks(
     from evals.report import write
 
     return write(report, entries, evaluations)
+
+
+def _shown(spec: str, name: str, guard: str | None, guard_on: Sequence[str]) -> str:
+    """The model in words: folders by their last part, which alone says something elsewhere."""
+    kind, _, place = spec.partition(":")
+    if kind in ("hf", "openai") and not Path(place).is_dir():
+        name = spec
+    return (
+        f"{name} + guard {Path(guard).name} on {' and '.join(guard_on) or 'input and output'}"
+        if guard
+        else name
+    )
 
 
 def _selection(options: Options) -> dict[str, object]:

@@ -199,6 +199,31 @@ def test_every_file_says_where_it_comes_from(
         assert where["seed"] == 0 and "commit" in where and len(where["dataset_sha256"]) == 64
 
 
+@pytest.mark.parametrize(
+    ("spec", "guard", "shown"),
+    [
+        ("/somewhere/of/mine/model", None, "model"),
+        ("openai:http://localhost:8000/v1#tiny", None, "openai:http://localhost:8000/v1#tiny"),
+        ("hf:org/name", "/of/mine/watch", "hf:org/name + guard watch on input"),
+    ],
+)
+def test_results_name_the_model_and_its_guard(
+    fake: Any,
+    data_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spec: str,
+    guard: str,
+    shown: str,
+) -> None:
+    monkeypatch.setattr(run, "open_model", lambda spec, **_: fake())
+    places = tmp_path / "records", tmp_path / "out.json"
+    options = Options(data_root, "all", 4)
+    run.run_tasks(find(["easy-vqa"]), spec, options, *places, guard=guard, guard_on=("input",))
+    entry = json.loads(places[1].read_text())[0]["provenance"]
+    assert entry["model"] == shown and str(tmp_path) not in entry["command"]
+
+
 def test_changed_dataset_under_a_resumed_run_is_refused(
     fake: Any, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
