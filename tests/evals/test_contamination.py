@@ -50,9 +50,10 @@ def test_the_command_writes_what_it_found(tmp_path: Path, capsys: pytest.Capture
     train.write_text(json.dumps({"messages": [{"role": "user", "content": f"Well. {said}"}]}) + "\n")
     cli_tasks.contamination("xstest", str(train), FIXTURES, "all", output=output)
     found = json.loads(output.read_text())
-    assert (found["rows"], found["contaminated"], found["training_texts"]) == (8, 1, 1)
+    assert (found["rows"], found["contaminated"], found["training_texts"]) == (7, 1, 1)
+    assert found["too_short"] == 1
     assert found["contaminated_rows"][0]["share"] == 1.0
-    assert "1 of 8 rows have at least 50% of their words" in capsys.readouterr().out
+    assert "1 of 7 rows have at least 50% of their words" in capsys.readouterr().out
 
 
 def test_choices_and_answers_belong_to_the_text_labels_and_letters_do_not() -> None:
