@@ -1,5 +1,7 @@
 import copy
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 from core_llm.chat import Message
 from core_llm.errors import CheckpointError, UserError
 from core_llm.lora import LoRA, LoRAConfig
+from core_llm.quantized_embedding import QuantizedEmbedding
+from core_llm.quantized_linear import Int4Linear, Int8Linear
 from core_llm.train.fit import FitConfig
 from guard import stored
 from guard.batches import Batch, collate, encode, encode_forced
@@ -16,7 +20,7 @@ from guard.distillation import Distillation, distillation_loss, read_logits, wit
 from guard.examples import Example
 from guard.fake_quantisation import rounded_weights
 from guard.guard import Guard
-from guard.head import cut_head
+from guard.head import VerdictHead, cut_head
 from guard.policy import Policy
 from guard.pruning import important_layers, neuron_importance, prune
 from guard.tasks import Recipe
@@ -49,6 +53,27 @@ def batches(guard: Guard, rows: list[Example]) -> list[Batch]:
 
 def probabilities(guard: Guard) -> list[float]:
     return [v.probability for v in guard.classify([e.messages for e in DATA])]
+
+
+def test_a_cut_head_gives_the_same_verdict_and_all_mass(guard: Guard, tmp_path: Path) -> None:
+    small = copied(guard)
+    kept = cut_head(small.core, guard.tokenizer, list(guard.policy.categories))
+    assert 10 < kept < 40
+    assert probabilities(small) == pytest.approx(probabilities(guard), abs=1e-6)
+    before, after = (g.classify([DATA[0].messages])[0] for g in (guard, small))
+    assert after.categories == pytest.approx(before.categories, abs=1e-6)
+    assert after.mass > before.mass
+    small.save(tmp_path / "g")
+    guard.save(tmp_path / "whole")
+    loaded = Guard.load(tmp_path / "g")
+    assert isinstance(loaded.core.lm_head, VerdictHead)
+    # Both were rounded to bf16 when they were saved, and alike.
+    whole = probabilities(Guard.load(tmp_path / "whole"))
+    assert probabilities(loaded) == pytest.approx(whole, abs=1e-6)
+    with pytest.raises(UserError, match="cut to the verdict's tokens already"):
+        cut_head(small.core, guard.tokenizer, ["S1"])
+    guard.save(tmp_path / "g")  # a whole guard over a cut one
+    assert not isinstance(Guard.load(tmp_path / "g").core.lm_head, VerdictHead)
 
 
 def test_damaged_heads_are_refused(guard: Guard, tmp_path: Path) -> None:
@@ -154,6 +179,34 @@ def test_rounded_weights_are_those_of_the_quantised_guard(guard: Guard) -> None:
     assert all(torch.equal(p, plain[name]) for name, p in small.core.named_parameters())
     quantize(small.core, "int4", embedding=True)
     torch.testing.assert_close(rounded, small.core.hidden(tokens), atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("scheme", "aware"), [("int8", False), ("int4", True)])
+def test_a_compressed_guard_heals_and_is_loaded_as_it_was(
+    guard: Guard, tmp_path: Path, scheme: str, aware: bool
+) -> None:
+    # A random guard puts little mass on its verdicts: to raise that would be most of what is learnt.
+    soft = Distillation(temperature=1.0, categories=0.1, mass=0.0)
+    settings = Compression(1, 64, True, scheme, aware, 16, 16, 0.5, distillation=soft)
+    config = FitConfig(tmp_path / "out" / "state", 40, lr=2e-3, warmup=5, weight_decay=0.0)
+    small, stages = compress(guard, [(DATA, None)], {"own": DATA}, config, settings)
+    assert [stage.name for stage in stages] == ["full", "pruned", "healed", scheme]
+    assert stages[0].bytes > stages[1].bytes == stages[2].bytes > stages[3].bytes
+    table = report(stages)
+    assert table.count("\n") == 6 and f"| {scheme} |" in table
+    full = probabilities(guard)
+    bare = replace(settings, aware=False)
+    unhealed, without = compress(guard, [(DATA, None)], {}, FitConfig(tmp_path / "no", 0), bare)
+    assert [stage.name for stage in without] == ["full", "pruned", scheme]
+    assert math.dist(full, probabilities(small)) < 0.8 * math.dist(full, probabilities(unhealed))
+    small.save(tmp_path / "out")
+    loaded = Guard.load(tmp_path / "out")
+    assert probabilities(loaded) == pytest.approx(probabilities(small), abs=1e-2)
+    assert isinstance(loaded.core.embed_tokens, QuantizedEmbedding)
+    kind = Int8Linear if scheme == "int8" else Int4Linear
+    assert isinstance(loaded.core.layers[0].mlp.up_proj, kind)
+    with pytest.raises(UserError, match="quantised"):
+        compress(loaded, [(DATA, None)], {}, config, Compression(1, 64))
 
 
 def test_reports_and_settings_are_checked() -> None:

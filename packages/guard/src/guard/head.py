@@ -73,5 +73,7 @@ def cut_head(core: Llama, tokenizer: Tokenizer, codes: Sequence[str]) -> int:
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         raise UserError("the head is quantised: cut the head of the guard that this one was made from")
     kept = torch.tensor(verdict_tokens(tokenizer, codes), device=weight.device)
-    core.lm_head = VerdictHead(weight.detach()[kept].clone(), kept, core.config.vocab_size)
+    core.lm_head = VerdictHead(  # type: ignore[assignment]
+        weight.detach()[kept].clone(), kept, core.config.vocab_size
+    )
     return len(kept)

@@ -109,8 +109,8 @@ def _example(value: dict[str, Any], codes: Sequence[str]) -> Example:
         raise ValueError(f"category {strange[0]!r} is not in the policy; known: {', '.join(codes)}")
     if named and not unsafe:
         raise ValueError("a safe message has no categories")
-    first, *more = [*dict.fromkeys(named), None]
-    return Example(messages, unsafe, float(unsafe), first, tuple(code for code in more if code))
+    known = list(dict.fromkeys(named))
+    return Example(messages, unsafe, float(unsafe), known[0] if known else None, tuple(known[1:]))
 
 
 def split_by_context(rows: Sequence[OwnRow], share: float) -> tuple[list[Example], list[Example]]:

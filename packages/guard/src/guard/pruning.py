@@ -8,13 +8,14 @@ Axes: B conversations, T positions, C model width, F width of the feed-forward b
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core_llm.errors import UserError
-from core_llm.layers import FeedForward, Linear
+from core_llm.layers import Block, FeedForward, Linear
 from core_llm.lora import has_updates
 from core_llm.model import Llama
 from guard.batches import Batch
@@ -35,7 +36,7 @@ def check(core: Llama, layers: int | None, ffn: int | None, scheme: str | None =
     config = core.config
     if has_updates(core):
         raise UserError("this guard keeps its updates apart: train it without --keep-apart, then prune it")
-    if not all(isinstance(m.mlp.down_proj, nn.Linear) for m in core.layers):
+    if not all(isinstance(block.mlp.down_proj, nn.Linear) for block in _blocks(core)):
         raise UserError("this guard is quantised: prune the guard that it was made from, then quantise that")
     for what, wanted, there in (("layers", layers, config.n_layers), ("ffn", ffn, config.ffn_dim)):
         if wanted is not None and not 1 <= wanted <= there:
@@ -94,7 +95,7 @@ def important_layers(core: Llama, batches: Sequence[Batch], tokens: VerdictToken
 @torch.inference_mode()
 def neuron_importance(core: Llama, batches: Sequence[Batch]) -> list[Tensor]:
     """Importance [F] of each layer's neurons: mean |activation| of tokens times the norm of its column."""
-    sums = [torch.zeros(b.mlp.down_proj.in_features, device=_device(core)) for b in core.layers]
+    sums = [torch.zeros(b.mlp.down_proj.in_features, device=_device(core)) for b in _blocks(core)]
     real: list[Tensor] = []
 
     def count(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -103,7 +104,7 @@ def neuron_importance(core: Llama, batches: Sequence[Batch]) -> list[Tensor]:
 
         return hook
 
-    hooks = [b.mlp.down_proj.register_forward_pre_hook(count(i)) for i, b in enumerate(core.layers)]
+    hooks = [b.mlp.down_proj.register_forward_pre_hook(count(i)) for i, b in enumerate(_blocks(core))]
     try:
         for batch in batches:
             positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
@@ -115,7 +116,7 @@ def neuron_importance(core: Llama, batches: Sequence[Batch]) -> list[Tensor]:
     n = sum(int(mask.sum()) for mask in real)
     return [
         total / max(1, n) * block.mlp.down_proj.weight.float().norm(dim=0)
-        for total, block in zip(sums, core.layers, strict=True)
+        for total, block in zip(sums, _blocks(core), strict=True)
     ]
 
 
@@ -131,7 +132,7 @@ def prune(
     width = ffn or core.config.ffn_dim
     if width < core.config.ffn_dim:
         importance = neuron_importance(core, batches)
-        for block, scores in zip(core.layers, importance, strict=True):
+        for block, scores in zip(_blocks(core), importance, strict=True):
             block.mlp = _narrowed(block.mlp, scores.topk(width).indices.sort().values)
     core.config = replace(core.config, n_layers=len(kept), ffn_dim=width)
     return Shape(tuple(kept), width)
@@ -142,7 +143,7 @@ def _narrowed(mlp: FeedForward, kept: Tensor) -> FeedForward:
     with torch.device("meta"):
         small = FeedForward(mlp.gate_proj.in_features, len(kept))
     for name, rows in (("gate_proj", True), ("up_proj", True), ("down_proj", False)):
-        weight = mlp.get_submodule(name).weight.detach()
+        weight = mlp.get_parameter(f"{name}.weight").detach()
         cut = weight[kept] if rows else weight[:, kept]
         linear = Linear(1, 1)
         linear.weight = nn.Parameter(cut.clone(), requires_grad=False)
@@ -153,3 +154,7 @@ def _narrowed(mlp: FeedForward, kept: Tensor) -> FeedForward:
 
 def _device(core: Llama) -> torch.device:
     return core.embed_tokens.weight.device
+
+
+def _blocks(core: Llama) -> list[Block]:
+    return [cast(Block, block) for block in core.layers]

@@ -1,19 +1,20 @@
 """What `guard train` and `guard prune` do, with the settings of their flags (see `cli_train`)."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from core_llm import processes
-from core_llm.checkpoint import load_core
+from core_llm.checkpoint import core_hash, load_core
 from core_llm.devices import chosen_device
 from core_llm.errors import UserError
-from core_llm.files import lock
+from core_llm.files import lock, read_json, write_text
 from core_llm.lora import ALL_LINEAR, LoRA, LoRAConfig
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
@@ -82,7 +83,7 @@ class TrainRun:
         # Either the regression's opinion or the larger guard's.
         weight = 0.0 if self.teacher else recipe.teacher_weight
         data = _data(self, weight, policy)
-        with _alone(self.out):
+        with _alone(self.out, _settings(self, core, policy, data), self.resume):
             self._train(core, tokenizer, where, recipe, policy, data)
 
     def _train(
@@ -182,7 +183,7 @@ class PruneRun:
             self.out / "state", self.steps, self.lr, warmup=20, seed=self.seed, resume=self.resume,
             save_every=50,
         )  # fmt: skip
-        with _alone(self.out):
+        with _alone(self.out, _settings(self, guard.core, guard.policy, data), self.resume):
             small, stages = compress(guard, data.all_parts, data.held_out, config, settings)
             self._save(small, stages, data)
 
@@ -198,20 +199,54 @@ class PruneRun:
         print(f"guard saved in {self.out}")
 
 
+# Where things lie and what computes changes nothing of a run; the core and the data are told by content.
+_ELSEWHERE = {"out", "core", "model", "policy", "data", "data_root", "device", "resume"}
+
+
+def _settings(run: TrainRun | PruneRun, core: Llama, policy: Policy, data: TrainingData) -> dict[str, Any]:
+    """All that decides what a run comes to."""
+    flags = {
+        f"--{field.name.replace('_', '-')}": getattr(run, field.name)
+        for field in fields(run)
+        if field.name not in _ELSEWHERE
+    }
+    rows = {card.name: [card.rows, card.unsafe, card.held_out] for card in data.cards}
+    content = {"weights": core_hash(core), "policy": policy.digest, "rows": rows}
+    return dict(json.loads(json.dumps(flags | content)))
+
+
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep other programs out of the folder; raises `UserError` where one is at work there."""
+def _alone(out: Path, settings: dict[str, Any], resume: bool) -> Iterator[None]:
+    """Keep other programs out of the folder, and the state of other settings out of this run.
+
+    Raises `UserError` where a program is at work there, or where a run with other settings is continued.
+    """
     if not processes.is_writer():
         yield
         return
-    (out / "state").mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out / "state" / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    state = out / "state"
+    state.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         if not lock(descriptor):
             raise UserError(f"{out}: another run is writing there; wait for it, or choose another folder")
+        known = state / "settings.json"
+        if resume and known.is_file() and any(state.glob("*.state.pt")):
+            _check_same(out, read_json(known), settings)
+        write_text(known, json.dumps(settings, indent=2) + "\n")
         yield
     finally:
         os.close(descriptor)
+
+
+def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            told = f"{name} {before.get(name)}" if name.startswith("--") else f"other {name}"
+            raise UserError(
+                f"{out}: the run there had {told}; give the same, choose another folder, or begin anew "
+                "with --no-resume"
+            )
 
 
 def _data(run: TrainRun | PruneRun, teacher_weight: float, policy: Policy) -> TrainingData:

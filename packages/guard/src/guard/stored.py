@@ -47,7 +47,7 @@ def load(folder: Path, dtype: DType = torch.float32) -> tuple[Llama, Tokenizer]:
     core, tokenizer = load_core(folder, dtype)
     path = folder / HEAD
     if path.is_file():
-        core.lm_head = VerdictHead.load(_tensors(path), core, path)
+        core.lm_head = VerdictHead.load(_tensors(path), core, path)  # type: ignore[assignment]
     elif isinstance(core.lm_head, NoHead):
         raise CheckpointError(f"{path}: no such file, but this guard has no other head")
     return core.eval().requires_grad_(False), tokenizer

@@ -24,6 +24,8 @@ TITLES = {
 # A constant ranks and decides nothing: how often it is "right" at a threshold is no yardstick.
 _SHOWN = ("auprc", "f1", "fpr", "recall", "recall_at_1_fpr", "ece")
 
+_INTERVAL = len("(0.000–0.000)")
+
 
 def title(metric: str) -> str:
     """The metric's name with an arrow to where better is."""
@@ -108,8 +110,11 @@ def show(result: "Evaluation") -> None:
     for each in result.sets:
         head, lines = table(each)
         # A classifier per column, intervals on lines of their own: it must fit on 80 characters.
-        shown = Table("", *(line[0] for line in lines), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        shown = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
         shown.title, shown.caption = each.title, subtitle(each)
+        shown.add_column("", width=8)
+        for line in lines:
+            shown.add_column(line[0], min_width=_INTERVAL)
         for row, name in enumerate(head[1:], start=1):
             shown.add_row(name, *(line[row].replace(" (", "\n(").replace(" – ", "–") for line in lines))
         console.print(shown)
