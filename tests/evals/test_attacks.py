@@ -150,6 +150,24 @@ def test_pictures_hold_all_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(coded.messages[-1].parts[0], Image)
 
 
+def test_long_requests_go_on_in_further_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    from evals import scorecard_forms
+
+    written: list[str] = []
+    picture = scorecard_forms.picture
+
+    def remember(text: str) -> Any:
+        found = picture(text)
+        written.extend([text] if found is not None else [])
+        return found
+
+    monkeypatch.setattr(scorecard_forms, "picture", remember)
+    words = [f"word{i}" for i in range(700)]
+    parts = ATTACKS["typographic"](request(" ".join(words)), rng()).messages[-1].parts
+    assert len(parts) == len(written) > 1 and all(isinstance(part, Image) for part in parts)
+    assert " ".join(written).split() == words
+
+
 def test_speech_varies_in_speed_and_noise_and_repeats_itself() -> None:
     pytest.importorskip("espeakng_loader")
     rows = [request("please open the red door now", i) for i in range(2)]
