@@ -52,8 +52,11 @@ class Tally:
 
     def row(self, clients: int, disturbance: str, took: float) -> dict[str, Any]:
         """One line of the table; wrong and lost must be 0."""
-        times = sorted(self.seconds) or [0.0]
-        at = {p: times[min(len(times) - 1, len(times) * p // 100)] * 1000 for p in (50, 95, 99)}
+        times = sorted(self.seconds)
+        at = {
+            p: times[min(len(times) - 1, len(times) * p // 100)] * 1000 if times else None
+            for p in (50, 95, 99)
+        }
         return {
             "clients": clients,
             "meanwhile": disturbance,
@@ -62,7 +65,7 @@ class Tally:
             "refused": self.outcomes["refused"],
             "wrong": self.outcomes["wrong"],
             "lost": self.outcomes["lost"],
-            **{f"p{p}_ms": round(ms, 1) for p, ms in at.items()},
+            **{f"p{p}_ms": "-" if ms is None else round(ms, 1) for p, ms in at.items()},
             "per_second": round(self.outcomes["verdict"] / took, 1),
         }
 
@@ -309,7 +312,8 @@ def measure(
     table, broken = [], []
 
     def run(server: Server, clients: int, what: str) -> None:
-        each = max(1, options.requests // clients)
+        # What happens meanwhile must find requests before and after it.
+        each = max(1 if what == "nothing" else 4, options.requests // clients)
         meanwhile = disturbed(server, what, 0.5) if what in ("policy", "kill", "stop") else None
         before = server.answered()
         tally, took = asyncio.run(load(server, clients, each, expect, meanwhile))
@@ -329,7 +333,7 @@ def measure(
         if what == "kill":
             server.wait()
     broken += [f"exit status {server.process.returncode}"] if server.stop() else []
-    limited = Server(options.engine, folder, rate=600.0)
+    limited = Server(options.engine, folder, rate=60.0)
     limited.wait()
     run(limited, max(options.clients), "a rate limit")
     broken += [f"exit status {limited.process.returncode}"] if limited.stop() else []
