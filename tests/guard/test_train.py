@@ -144,7 +144,7 @@ def test_padding_does_not_enter_the_language_loss(guard: Guard) -> None:
 def test_fine_tuning_learns_and_leaves_the_core_alone(guard: Guard, tmp_path: Path) -> None:
     before = {name: p.clone() for name, p in guard.core.named_parameters()}
     recipe = Recipe(language_steps=5, batch=16, average_decay=0.8)
-    config = FitConfig(tmp_path, steps=60, lr=3e-3, warmup=5, save_every=30, log_every=10)
+    config = FitConfig(tmp_path, steps=40, lr=4e-3, warmup=5, save_every=20, log_every=10)
     held_out = make(60, seed=9)
     trained, figures = fine_tune(
         guard.core, guard.tokenizer, [(make(200), None)], {"own": held_out}, config, recipe, POLICY
