@@ -130,9 +130,9 @@ class TrainRun:
         parts = ["guard train --core", self.core if self.core == "nano" else "DIR"]
         parts += [f"--steps {self.steps} --language-steps {self._reading} --lr {self.lr}"]
         parts += [f"--batch {self.batch}", f"--seed {self.seed}"]
-        parts += ["--rules"] * self.rules + [f"--lora-rank {self.lora_rank}"] * bool(self.lora_rank)
+        parts += ["--rules True"] * self.rules + [f"--lora-rank {self.lora_rank}"] * bool(self.lora_rank)
         parts += ["--data FILE"] * len(self.data) + ["--policy FILE"] * bool(self.policy)
-        parts += ["--drop-repeated"] * self.drop_repeated
+        parts += ["--drop-repeated True"] * self.drop_repeated
         parts += [f"--teacher DIR --temperature {self.temperature}"] * bool(self.teacher)
         return " ".join([*parts, "--out DIR"])
 
@@ -245,7 +245,7 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
             told = f"{name} {before.get(name)}" if name.startswith("--") else f"other {name}"
             raise UserError(
                 f"{out}: the run there had {told}; give the same, choose another folder, or begin anew "
-                "with --no-resume"
+                "with --resume False"
             )
 
 
