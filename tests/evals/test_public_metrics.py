@@ -93,7 +93,7 @@ def test_the_likeliest_choice_counts_by_text_and_by_token() -> None:
     assert sums == {"correct": 0.0, "correct_norm": 1.0}
 
 
-WORDS = "the a small large dog cat sees , it . that house".split()
+WORDS = ["the", "a", "small", "large", "dog", "cat", "sees", ",", "it", ".", "that", "house"]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -66,7 +66,10 @@ class QuantizedLinear(nn.Module):
 
     @abstractmethod
     def dequantized(self, rows: slice | Tensor = slice(None)) -> Tensor:
-        """fp32 weights [n, K] of some output rows, by a slice or their numbers [n]: exactly those that every product multiplies with."""
+        """fp32 weights [n, K] of some output rows, by a slice or their numbers [n].
+
+        Exactly those that every product multiplies with.
+        """
 
     @abstractmethod
     def torchao_weight(self, dtype: torch.dtype) -> Tensor:
