@@ -70,6 +70,7 @@ def test_fleurs_gets_its_translation_from_the_english_part(tmp_path: Path) -> No
         "text": "Eine Katze.",
         "audio": tmp_path / "fleurs/data/de_de/audio/train/de_de-train.wav",
         "language": "de_de",
+        "part": "train",
         "subset": "de_de",
         "translation": "A cat.",
         "target_language": "en",
