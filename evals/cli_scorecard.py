@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from core_llm.cli_tools import Switch
+
 LIMIT = 500
-# On or off by its name alone; the house's commands otherwise take a word after every flag.
-Switch = Annotated[int, tyro.conf.UseCounterAction]
 
 
 def scorecard(

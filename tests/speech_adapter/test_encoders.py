@@ -20,7 +20,7 @@ from speech_adapter.config import SpeechConfig
 from speech_adapter.corpus import Corpus, Spoken
 from speech_adapter.encoders import AudioEncoder, WhisperEncoder
 from speech_adapter.testing import chirp, small_config
-from speech_adapter.train import CoreTask, Recipe
+from speech_adapter.train import Recipe, SpeechTask
 
 Core = tuple[Llama, Tokenizer]
 WHISPER = {"encoder": "whisper", "dim": 32, "n_layers": 2, "n_heads": 2}
@@ -155,7 +155,7 @@ def test_a_whisper_adapter_is_created_trained_saved_and_loaded(
     ]
     corpus = Corpus({"ann": clips}, clips, clips, clips)
     recipe = Recipe(recorded=1, digits=1, commands=0, questions=0)
-    task = CoreTask(adapter, core, tokenizer, corpus, {"digits": clips}, recipe, align_steps=1, seed=0)
+    task = SpeechTask(adapter, core, tokenizer, corpus, {"digits": clips}, recipe, seed=0)
     before = core_hash(core)
     fit(task, FitConfig(out=tmp_path / "run", steps=2, warmup=1, autocast=False))
     assert core_hash(core) == before

@@ -35,10 +35,10 @@ def laid() -> np.ndarray:
 def test_clips_with_pauses_give_what_they_give_one_by_one(recogniser: Recogniser) -> None:
     one_by_one = [recogniser.text(clip) for clip in CLIPS]
     segments = list(recogniser.segments(laid(), SAMPLE_RATE))
-    # One chunk per clip; the silence beside a word may tip a doubtful one over, either way.
+    # One chunk per clip; the silence beside a word may tip a doubtful one over.
     assert len(segments) == len(CLIPS)
     same = sum(segment.text == text for segment, text in zip(segments, one_by_one, strict=True))
-    assert same >= 3 * len(CLIPS) / 4
+    assert same >= len(CLIPS) - 2
     assert jiwer.wer(SAID, " ".join(s.text for s in segments)) <= jiwer.wer(SAID, " ".join(one_by_one)) + 0.02
     at = 0.0
     for clip, segment in zip(CLIPS, segments, strict=True):

@@ -14,7 +14,7 @@ from speech_adapter import train as training
 from speech_adapter.adapter import SpeechAdapter
 from speech_adapter.corpus import Corpus, Spoken, trim
 from speech_adapter.testing import chirp
-from speech_adapter.train import CoreTask, EncoderTask, Recipe, _hand_over
+from speech_adapter.train import Recipe, SpeechTask
 
 RECIPE = Recipe(recorded=3, digits=2, commands=2, questions=3)
 
@@ -27,7 +27,7 @@ def clip(text: str, seed: int, aligned: bool = True) -> Spoken:
 
 
 @pytest.fixture
-def task(adapter: SpeechAdapter, core_and_tokenizer: tuple[Llama, Tokenizer]) -> CoreTask:
+def task(adapter: SpeechAdapter, core_and_tokenizer: tuple[Llama, Tokenizer]) -> SpeechTask:
     corpus = Corpus(
         recorded={"ann": [clip("one", 1, aligned=False)], "bob": [clip("two", 2, aligned=False)]},
         digits=[clip("three", 3), clip("four", 4)],
@@ -35,10 +35,10 @@ def task(adapter: SpeechAdapter, core_and_tokenizer: tuple[Llama, Tokenizer]) ->
         questions=[clip("is there a circle?", 6)],
     )
     held_out = {"digits": [clip("one", 7), clip("two", 8)]}
-    return CoreTask(adapter, *core_and_tokenizer, corpus, held_out, RECIPE, align_steps=2, seed=0)
+    return SpeechTask(adapter, *core_and_tokenizer, corpus, held_out, RECIPE, seed=0)
 
 
-def test_a_batch_is_a_function_of_its_step(task: CoreTask) -> None:
+def test_a_batch_is_a_function_of_its_step(task: SpeechTask) -> None:
     first = [task.batch(step) for step in range(4)]
     again = [task.batch(step) for step in (3, 0, 2, 1)]
     for step, batch in zip((3, 0, 2, 1), again, strict=True):
@@ -47,20 +47,29 @@ def test_a_batch_is_a_function_of_its_step(task: CoreTask) -> None:
             np.testing.assert_array_equal(a.waveform, b.waveform)
 
 
-def test_the_second_of_two_batches_has_the_longer_clips(task: CoreTask) -> None:
+def test_the_second_of_two_batches_has_the_longer_clips(task: SpeechTask) -> None:
     short, long = task.batch(0).examples, task.batch(1).examples
     assert short and long
     assert max(len(e.waveform) for e in short) <= min(len(e.waveform) for e in long)
 
 
-def test_alignment_is_ctc_alone_and_then_the_core_listens(task: CoreTask) -> None:
-    _, early = task.loss(task.batch(0))
-    _, late = task.loss(task.batch(2))
-    assert "core_loss" not in early and late["core_loss"] > 0
-    assert early["ctc_loss"] > 0 and early["phoneme_loss"] >= 0
+def test_the_loss_is_of_tokens_and_phonemes(task: SpeechTask) -> None:
+    loss, figures = task.loss(task.batch(0))
+    assert loss.requires_grad and set(figures) == {"ctc_loss", "phoneme_loss"}
+    assert loss.item() == pytest.approx(figures["ctc_loss"] + figures["phoneme_loss"])
 
 
-def test_training_changes_the_adapter_and_not_the_core(task: CoreTask, tmp_path: Path) -> None:
+def test_digits_and_recordings_are_always_augmented_roughly(task: SpeechTask) -> None:
+    examples = [e for step in range(40) for e in task.batch(step).examples]
+    rough = {True: 0, False: 0}
+    for example in examples:
+        hard = example.augmentation is RECIPE.augmentation
+        assert hard or example.clip in (*task.corpus.commands, *task.corpus.questions)
+        rough[hard] += 1
+    assert rough[True] and rough[False]
+
+
+def test_training_changes_the_adapter_and_not_the_core(task: SpeechTask, tmp_path: Path) -> None:
     before, hashed = task.adapter.projector.out.weight.clone(), core_hash(task.core)
     figures = fit(task, FitConfig(out=tmp_path, steps=4, warmup=1, autocast=False))
     assert core_hash(task.core) == hashed
@@ -69,19 +78,7 @@ def test_training_changes_the_adapter_and_not_the_core(task: CoreTask, tmp_path:
     assert set(figures) == {"digits_ctc_wer", "digits_wer", "digits_wer_shuffled", "digits_accuracy"}
 
 
-def test_the_second_stage_begins_with_what_the_first_heard(task: CoreTask) -> None:
-    codes = torch.randn(task.core.config.vocab_size, 64)
-    listener = SpeechAdapter(task.adapter.config, codes)
-    first = EncoderTask(listener, task.tokenizer, task.corpus, task.held_out, RECIPE, seed=0)
-    loss, figures = first.loss(first.batch(0))
-    assert loss.requires_grad and set(figures) == {"ctc_loss", "phoneme_loss"}
-    out = task.adapter.projector.out.weight.clone()
-    _hand_over(first, task)
-    assert torch.equal(task.adapter.encoder.project.weight, listener.encoder.project.weight)
-    assert torch.equal(task.adapter.projector.out.weight, out)
-
-
-def test_joined_digits_keep_their_texts(task: CoreTask) -> None:
+def test_joined_digits_keep_their_texts(task: SpeechTask) -> None:
     rng = np.random.default_rng(0)
     texts = {task._recorded(rng).text for _ in range(40)}
     assert {"one", "two"} < texts

@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional as Positional
@@ -17,6 +18,9 @@ from core_llm.errors import UserError
 _ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EADDRINUSE}
 # A file where a folder has to be, or the other way round.
 _ENVIRONMENT_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+
+# A flag that is on by its name alone; the others take a value.
+Switch = Annotated[int, tyro.conf.UseCounterAction]
 
 _STYLE = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
 
@@ -55,6 +59,13 @@ def run(
     except BrokenPipeError:  # `... | head` closed our output: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def print_saved(out: Path, figures: Mapping[str, float]) -> None:
+    """Say where a stage saved its adapter, and its held-out figures."""
+    print(f"adapter saved in {out}")
+    for figure, value in figures.items():
+        print(f"  {figure:24} {value:.4f}")
 
 
 def _join_others() -> None:

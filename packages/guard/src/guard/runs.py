@@ -29,31 +29,37 @@ from guard.tasks import Recipe
 from guard.train import DataConfig, TrainingData, all_baselines, fine_tune, load_data
 
 
-@dataclass(frozen=True)
-class TrainRun:
-    """A guard out of a core."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What both have: the data, how long and how fast to learn from them, and where."""
 
     out: Path
-    core: str
     data_root: Path | None
     sets: tuple[str, ...]
     data: tuple[Path, ...]
     held_out: float
     near_duplicates: float
     drop_repeated: bool
-    policy: Path | None
-    rules: bool
-    lora_rank: int
-    keep_apart: bool
-    teacher: str | None
     temperature: float
     steps: int
-    language_steps: int | None
     lr: float
     batch: int
     seed: int
     device: Literal["auto", "cpu", "cuda"]
     resume: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun(Run):
+    """A guard out of a core."""
+
+    core: str
+    policy: Path | None
+    rules: bool
+    lora_rank: int
+    keep_apart: bool
+    teacher: str | None
+    language_steps: int | None
 
     def __post_init__(self) -> None:
         if self.keep_apart and not self.lora_rank:
@@ -137,31 +143,17 @@ class TrainRun:
         return " ".join([*parts, "--out DIR"])
 
 
-@dataclass(frozen=True)
-class PruneRun:
+@dataclass(frozen=True, kw_only=True)
+class PruneRun(Run):
     """A smaller guard out of a guard."""
 
     model: str
-    out: Path
     layers: int | None
     ffn: int | None
     head: Literal["full", "verdict"]
     quantize: Literal["none", "int8", "int4"]
     qat: bool
-    data_root: Path | None
-    sets: tuple[str, ...]
-    data: tuple[Path, ...]
-    held_out: float
-    near_duplicates: float
-    drop_repeated: bool
     rows: int
-    steps: int
-    lr: float
-    batch: int
-    temperature: float
-    seed: int
-    device: Literal["auto", "cpu", "cuda"]
-    resume: bool
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.lr <= 0:
@@ -203,7 +195,7 @@ class PruneRun:
 _ELSEWHERE = {"out", "core", "model", "policy", "data", "data_root", "device", "resume"}
 
 
-def _settings(run: TrainRun | PruneRun, core: Llama, policy: Policy, data: TrainingData) -> dict[str, Any]:
+def _settings(run: Run, core: Llama, policy: Policy, data: TrainingData) -> dict[str, Any]:
     """All that decides what a run comes to."""
     flags = {
         f"--{field.name.replace('_', '-')}": getattr(run, field.name)
@@ -249,7 +241,7 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-def _data(run: TrainRun | PruneRun, teacher_weight: float, policy: Policy) -> TrainingData:
+def _data(run: Run, teacher_weight: float, policy: Policy) -> TrainingData:
     if not 0 <= run.held_out < 1:
         raise UserError(f"--held-out must be in [0, 1), got {run.held_out}")
     if run.drop_repeated and not run.near_duplicates:

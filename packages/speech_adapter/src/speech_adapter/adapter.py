@@ -126,7 +126,7 @@ class SpeechAdapter(nn.Module):
         """`embeddings` [V, C]: the core's token embeddings, only read."""
         super().__init__()
         self.config = config
-        self.reader = EmbeddingCTC(embeddings)
+        self.reader = EmbeddingCTC(embeddings, config.codes)
         self.encoder = build_encoder(config)
         self.projector = Projector(config, self.encoder.width)
 
@@ -226,11 +226,12 @@ class SpeechAdapter(nn.Module):
 
         With `config.merge`, outside training, each vector becomes the embedding that it stands for and the
         boundaries are left out: what the core then reads is text, and it follows that better than sound.
+        With `config.codes` that is so in training too: a core knows nothing of codes.
         """
         begin, end = self.projector.begin[None], self.projector.end[None]
         if self.config.merge:
             rows = self.reader.merge(memory.vectors, memory.lengths)
-            if not self.training:
+            if not self.training or self.config.codes is not None:
                 return [self.reader.denoise(row) for row in rows]
         else:
             pairs = zip(memory.vectors, memory.lengths.tolist(), strict=True)
@@ -246,15 +247,16 @@ class SpeechAdapter(nn.Module):
         save_adapter(directory, KIND, self.config.to_dict(), dict(self.state_dict()), core, card)
 
 
-def create(encoder: str, core: Llama, embeddings: Tensor | None = None, **values: Any) -> SpeechAdapter:
+def create(encoder: str, core: Llama, **values: Any) -> SpeechAdapter:
     """A new adapter for a core, to be trained: random but for the weights of a Whisper encoder.
 
     encoder: "conformer", or "whisper:NAME" for openai-whisper's encoder of that name (or .pt file) with its
-    weights; embeddings: others than the core's; values: keys of `SpeechConfig`. Raises UserError for an
-    unknown encoder or value, and CheckpointError where Whisper's weights cannot be had.
+    weights; values: keys of `SpeechConfig`. Raises UserError for an unknown encoder or value, and
+    CheckpointError where Whisper's weights cannot be had.
     """
-    embeddings = core.embed_tokens.weight if embeddings is None else embeddings
-    values = {"output_scale": float(embeddings.std()), **values}
+    embeddings = core.embed_tokens.weight
+    coded = values.get("codes") is not None
+    values = {"output_scale": 1.0 if coded else float(embeddings.std()), **values}
     weights = None
     if encoder.startswith(PREFIX):
         whisper = load_whisper(encoder.removeprefix(PREFIX))

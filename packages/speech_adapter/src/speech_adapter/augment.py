@@ -30,8 +30,10 @@ class Augmentation:
     reverberation: float = 0.15
     noise: float = 0.6
     noise_snr_db: tuple[float, float] = (8.0, 40.0)
+    clipping: float = 0.2  # probability of a microphone that is overdriven
+    clipping_db: tuple[float, float] = (3.0, 22.0)  # how far beyond full scale
     cut_ms: float = 30.0  # at most this much is cut off each end, as hasty recordings do
-    silence_ms: tuple[float, float] = (0.0, 200.0)  # added at each end
+    silence_ms: tuple[float, float] = (0.0, 350.0)  # added at each end
     tract: tuple[float, float] = (0.88, 1.14)  # stretches formants alone, features only
     frequency_masks: int = 2
     frequency_width: int = 8  # mel bands
@@ -87,6 +89,12 @@ def add_noise(samples: Waveform, rng: np.random.Generator, settings: Augmentatio
     return samples + level * coloured_noise(len(samples), rng)
 
 
+def overdrive(samples: Waveform, rng: np.random.Generator, settings: Augmentation) -> Waveform:
+    """Cut off whatever lies beyond full scale, which the peak of the clip exceeds by `clipping_db`."""
+    limit = np.abs(samples).max(initial=0.0) * 10.0 ** (-rng.uniform(*settings.clipping_db) / 20.0)
+    return np.clip(samples, -limit, limit).astype(np.float32)
+
+
 def augment(
     samples: Waveform, rng: np.random.Generator, settings: Augmentation
 ) -> tuple[Waveform, Callable[[np.ndarray], np.ndarray]]:
@@ -107,6 +115,8 @@ def augment(
     if rng.random() < settings.noise:
         samples = add_noise(samples, rng, settings)
     samples = colour(samples, rng, settings)
+    if rng.random() < settings.clipping:
+        samples = overdrive(samples, rng, settings)
     gain = np.float32(10.0 ** (rng.uniform(-24.0, 0.0) / 20.0))
     return samples * gain, lambda seconds: (seconds - cut / SAMPLE_RATE) / factor + before / SAMPLE_RATE
 

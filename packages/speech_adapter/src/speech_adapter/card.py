@@ -17,11 +17,12 @@ of the frozen core, ten seconds become {ten}. The adapter fits only the core who
 - Free Spoken Digit Dataset, train split (its held-out speaker is never heard): CC BY-SA 4.0.
 - Speech of espeak-ng (GPL-3, run at training time, nothing of it is contained here) for texts that the
   project generates: digits, short commands, questions about described scenes.
-- Augmentation: speed, random equaliser, 4 kHz band limit, rooms, noise, level, silence, SpecAugment.
+- Augmentation: speed, random equaliser, 4 kHz band limit, rooms, noise, clipping, level, silence,
+  SpecAugment.
 
 ## Training
-`{command}` (seed {seed}): first the encoder alone, on tokens (CTC) and espeak's phonemes; then CTC against
-the core's embeddings, with the core's own loss on recognition and spoken questions. The core is frozen.
+`{command}` (seed {seed}): CTC against one random vector per token, and espeak's phonemes. The core has no
+part in it and stays as it is; it reads the embeddings of the tokens that are heard.
 
 ## Scores at the end of training
 `digits` is a speaker of the Free Spoken Digit Dataset that no training clip is from; `commands` are commands

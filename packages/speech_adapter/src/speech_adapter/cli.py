@@ -26,8 +26,8 @@ def train(
         core: "nano" (bundled) or a folder with a core.
         data_root: folder with local copies of the datasets (it holds fsdd/); the hub where absent.
         out: where the adapter, its training state and the synthesised speech go; a second call resumes.
-        steps: training steps of both stages together.
-        lr: peak learning rate of the first stage; the second has half of it.
+        steps: training steps.
+        lr: peak learning rate.
         seed: of the synthesised texts, the augmentation and the initial weights.
         encoder: "conformer", or "whisper:NAME" for openai-whisper's pretrained encoder of that name (or .pt
             file) to begin with.

@@ -8,10 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from core_llm.cli_tools import Switch
 from core_llm.errors import UserError
-
-# On by its name alone, without a value.
-Switch = Annotated[int, tyro.conf.UseCounterAction]
 
 
 def transcribe(

@@ -9,7 +9,7 @@ from core_llm.errors import CheckpointError
 
 ENCODERS = ("conformer", "whisper")
 # Keys that adapters of the first version lack; every other key has to be in config.json.
-_LATER = frozenset({"encoder", "n_mels"})
+_LATER = frozenset({"encoder", "n_mels", "codes"})
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class SpeechConfig:
     adapter_dim: int = 192
     adapter_heads: int = 6
     adapter_ffn_dim: int = 384
-    output_scale: float = 1.0  # standard deviation of the core's embeddings: the outputs stand among them
+    output_scale: float = 1.0  # standard deviation of what the outputs stand among: embeddings or codes
+    codes: int | None = None  # seed of one random vector per token, heard in place of its embedding
     rope_theta: float = 10_000.0
     dropout: float = 0.0  # while training only
     merge: bool = True  # vectors that say the same token, and drop those that say none (see `n_tokens`)
@@ -46,6 +47,8 @@ class SpeechConfig:
             raise ValueError("dim must be a multiple of n_heads, adapter_dim of adapter_heads")
         if self.kernel % 2 == 0:
             raise ValueError("kernel must be odd, or the convolution shifts its input")
+        if self.codes is not None and not self.merge:
+            raise ValueError("codes need merge: a core reads embeddings, not codes")
         if self.encoder == "whisper" and (self.stack % 2 or 3000 % self.stack):
             raise ValueError("a Whisper encoder needs an even stack that divides its window of 3000 frames")
 

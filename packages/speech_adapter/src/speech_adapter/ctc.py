@@ -1,4 +1,4 @@
-"""CTC over the core's own vocabulary, through its frozen embedding matrix.
+"""CTC over the core's own vocabulary, through its frozen embedding matrix or random codes of its tokens.
 
 Axes: P clips, T adapter frames (80 ms), C core width, V vocabulary.
 """
@@ -24,20 +24,37 @@ class EmbeddingCTC(nn.Module):
 
     The nearer an adapter output lies to the embedding of what is said, the likelier: the loss pulls the
     outputs to where the frozen core already reads them as text. Only the blank vector is trained.
+
+    With a seed of `codes` the e_v are random vectors instead, which lie far apart where the embeddings of
+    words that the core treats alike lie close together; `denoise` then gives the embeddings. They depend on
+    the tokenizer only, so that what was learned with them serves every core that shares it.
     """
 
-    table: Tensor
+    embeddings: Tensor
+    codes: Tensor | None
     half_norms: Tensor
 
-    def __init__(self, embeddings: Tensor) -> None:
+    def __init__(self, embeddings: Tensor, codes: int | None = None) -> None:
         super().__init__()
-        table = embeddings.detach().float()
-        self.register_buffer("table", table, persistent=False)
+        embeddings = embeddings.detach().float()
+        self.register_buffer("embeddings", embeddings, persistent=False)
+        coded = (
+            None
+            if codes is None
+            else token_codes(len(embeddings), embeddings.shape[1], codes).to(embeddings.device)
+        )
+        self.register_buffer("codes", coded, persistent=False)
+        table = self.table
         self.register_buffer("half_norms", 0.5 * table.square().sum(-1), persistent=False)
         # Half the mean squared distance of two embeddings is their total variance.
         self.sharpness = _MARGIN / float(table.var(dim=0).sum().clamp(min=1e-12))
         self.scale = float(table.std())
         self.offset = nn.Parameter(torch.zeros(table.shape[1]))
+
+    @property
+    def table(self) -> Tensor:
+        """The vectors that stand for the tokens in what is heard, [V, C]."""
+        return self.embeddings if self.codes is None else self.codes
 
     @property
     def blank(self) -> Tensor:
@@ -85,14 +102,20 @@ class EmbeddingCTC(nn.Module):
         return rows
 
     def denoise(self, x: Tensor) -> Tensor:
-        """Vectors [n, C] → the mean embedding that each stands for, [n, C].
+        """Vectors [n, C] → the mean embedding of the core that each stands for, [n, C].
 
         The scores are those of a Gaussian mixture around the embeddings, so this is the posterior mean of
         the token that was meant: a sure frame becomes the very embedding of its word, a doubtful one stays
         between.
         """
         scores = self.sharpness * ((x @ self.table.to(x.dtype).T).float() - self.half_norms)
-        return (scores.softmax(dim=-1) @ self.table.float()).to(x.dtype)
+        return (scores.softmax(dim=-1) @ self.embeddings.float()).to(x.dtype)
+
+
+def token_codes(n_tokens: int, dim: int, seed: int) -> Tensor:
+    """One standard normal vector per token, fp32 [n_tokens, dim]; the same on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n_tokens, dim, generator=generator)
 
 
 class PhonemeHead(nn.Module):

@@ -1,9 +1,8 @@
-"""Training of the speech adapter on a frozen core, in two stages.
+"""Training of the nano speech adapter: CTC against a random vector per token, and espeak's phonemes.
 
-1. Listening (`EncoderTask`), without a core: CTC against a random vector per token, and espeak's phonemes.
-   It depends on the tokenizer only, so one listening encoder serves every core of a family.
-2. Speaking the core's language (`CoreTask`): CTC against the core's own embeddings, so that the outputs
-   become what the core reads as text; then also the core's own loss on recognition and spoken questions.
+What is heard becomes the core's own embeddings of the tokens (`EmbeddingCTC.denoise`), so that the core has
+no part in the training, and what was learned serves every core with the same tokenizer. Training through a
+core, as the Llama 3 paper does it, is `stages.sft`.
 """
 
 from __future__ import annotations
@@ -39,11 +38,10 @@ from speech_adapter.corpus import (
     recorded_digits,
 )
 from speech_adapter.ctc import PhonemeHead
-from speech_adapter.recording import RecordingAdapter
 
 GENTLE = Augmentation(
     speed=(0.9, 1.12), equaliser_db=3.0, telephone=0.1, reverberation=0.05, noise=0.25,
-    noise_snr_db=(15.0, 40.0), tract=(0.94, 1.07), frequency_masks=1, time_masks=0,
+    noise_snr_db=(15.0, 40.0), clipping=0.1, tract=(0.94, 1.07), frequency_masks=1, time_masks=0,
 )  # fmt: skip
 
 
@@ -51,12 +49,9 @@ GENTLE = Augmentation(
 class Recipe:
     """What a batch holds and how the two losses are weighed; steps and learning rate are FitConfig's."""
 
-    listening_fraction: float = 0.72  # of all steps: the first stage
-    align_fraction: float = 0.12  # of the second stage: CTC alone, until the outputs resemble embeddings
-    core_lr_scale: float = 0.5  # learning rate of the second stage
-    ctc_weight: float = 0.5  # beside the core's loss
-    recorded: int = 10  # clips of each kind per two steps: many small steps teach more than few large ones
-    digits: int = 2
+    codes: int = 0  # seed of the random vectors
+    recorded: int = 12  # clips of each kind per two steps: many small steps teach more than few large ones
+    digits: int = 4
     commands: int = 11
     questions: int = 6
     join_probability: float = 0.4  # of a recorded digit: followed by one to three more
@@ -64,7 +59,7 @@ class Recipe:
     max_seconds: float = 4.5
     augmentation: Augmentation = field(default_factory=Augmentation)  # of recorded clips
     gentle: Augmentation = GENTLE  # of most synthetic ones: their voices differ enough
-    rough_share: float = 0.15  # of the synthetic clips: augmented like recorded ones
+    rough_share: float = 0.3  # of the synthetic clips: augmented like recorded ones; all digits are
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,21 +80,22 @@ class SpeechBatch:
     examples: list[Example]
 
 
-class EncoderTask:
-    """First stage, a `core_llm.train.fit.Task`: hear phonemes and tokens, whatever core will read them."""
+class SpeechTask:
+    """A `core_llm.train.fit.Task`: hear phonemes and tokens, whatever core will read them."""
 
-    name = "speech-listening"
+    name = "speech"
 
     def __init__(
         self,
         adapter: SpeechAdapter,
+        core: Llama,
         tokenizer: Tokenizer,
         corpus: Corpus,
         held_out: Mapping[str, Sequence[Spoken]],
         recipe: Recipe,
         seed: int,
     ) -> None:
-        self.adapter, self.tokenizer = adapter, tokenizer
+        self.adapter, self.core, self.tokenizer = adapter, core, tokenizer
         self.corpus, self.held_out, self.recipe, self.seed = corpus, held_out, recipe, seed
         self.phonemes = PhonemeHead(adapter.encoder.width, corpus.inventory())
         self._pair: tuple[int, list[Example]] | None = None
@@ -110,7 +106,7 @@ class EncoderTask:
         return {"adapter": self.adapter, "phonemes": self.phonemes}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Adapter and phoneme head; a core has none here."""
+        """Adapter and phoneme head; the core has none here."""
         return [{"params": [p for module in self.modules().values() for p in module.parameters()]}]
 
     def batch(self, step: int) -> SpeechBatch:
@@ -132,20 +128,19 @@ class EncoderTask:
         """Clips of all kinds for two steps, augmented, shortest first."""
         rng = np.random.default_rng((self.seed, pair))
         recipe = self.recipe
-        clips = [self._recorded(rng) for _ in range(recipe.recorded)]
-        for kind, n in (
-            (self.corpus.digits, recipe.digits),
-            (self.corpus.commands, recipe.commands),
-            (self.corpus.questions, recipe.questions),
+        clips = [(self._recorded(rng), 1.0) for _ in range(recipe.recorded)]
+        for kind, n, rough in (
+            (self.corpus.digits, recipe.digits, 1.0),
+            (self.corpus.commands, recipe.commands, recipe.rough_share),
+            (self.corpus.questions, recipe.questions, recipe.rough_share),
         ):
-            clips += [kind[int(i)] for i in rng.integers(0, len(kind), n)]
-        examples = [self._example(clip, rng) for clip in clips]
+            clips += [(kind[int(i)], rough) for i in rng.integers(0, len(kind), n)]
+        examples = [self._example(clip, rough, rng) for clip, rough in clips]
         limit = recipe.max_seconds * SAMPLE_RATE
         return sorted((e for e in examples if len(e.waveform) <= limit), key=lambda e: len(e.waveform))
 
-    def _example(self, clip: Spoken, rng: np.random.Generator) -> Example:
-        rough = clip.starts is None or rng.random() < self.recipe.rough_share
-        chosen = self.recipe.augmentation if rough else self.recipe.gentle
+    def _example(self, clip: Spoken, rough: float, rng: np.random.Generator) -> Example:
+        chosen = self.recipe.augmentation if rng.random() < rough else self.recipe.gentle
         waveform, moved = augment(clip.waveform(), rng, chosen)
         return Example(clip, waveform, None if clip.starts is None else moved(clip.starts), chosen)
 
@@ -161,26 +156,18 @@ class EncoderTask:
 
     def loss(self, batch: SpeechBatch) -> tuple[Tensor, dict[str, float]]:
         """CTC over tokens plus cross-entropy over phonemes."""
-        view, parts = self._view(batch)
-        memory = view.encode(view.preprocess(parts))
-        return self._hearing(batch, memory)
-
-    def _view(self, batch: SpeechBatch) -> tuple[RecordingAdapter, list[Audio]]:
-        rng = np.random.default_rng((self.seed, batch.step, 1))
-        settings = [example.augmentation for example in batch.examples]
-
-        def disturb(inputs: SpeechInputs) -> SpeechInputs:
-            stretched = stretch_formants(inputs.log_mel, rng, settings)
-            return SpeechInputs(mask_features(stretched, inputs.frames, rng, settings), inputs.frames)
-
-        view = RecordingAdapter(self.adapter, disturb)
-        return view, [Audio(example.waveform, SAMPLE_RATE) for example in batch.examples]
-
-    def _hearing(self, batch: SpeechBatch, memory: SpeechMemory) -> tuple[Tensor, dict[str, float]]:
+        memory = self.adapter.encode(self._inputs(batch))
         targets = [self.tokenizer.encode(" " + example.clip.text) for example in batch.examples]
         ctc = self.adapter.reader.loss(memory.vectors, memory.lengths, targets)
         phonemes = self.phonemes.loss(memory.hidden, self._labels(batch, memory))
         return ctc + phonemes, {"ctc_loss": ctc.item(), "phoneme_loss": phonemes.item()}
+
+    def _inputs(self, batch: SpeechBatch) -> SpeechInputs:
+        rng = np.random.default_rng((self.seed, batch.step, 1))
+        settings = [example.augmentation for example in batch.examples]
+        inputs = self.adapter.preprocess([Audio(e.waveform, SAMPLE_RATE) for e in batch.examples])
+        stretched = stretch_formants(inputs.log_mel, rng, settings)
+        return SpeechInputs(mask_features(stretched, inputs.frames, rng, settings), inputs.frames)
 
     def _labels(self, batch: SpeechBatch, memory: SpeechMemory) -> list[list[int] | None]:
         offset = self.adapter.config.edge_ms / 1000
@@ -201,65 +188,23 @@ class EncoderTask:
         return figures
 
     def score(self, clips: Sequence[Spoken], size: int = 50) -> dict[str, float]:
-        """Word error rate of greedy CTC, without a core."""
+        """Word error rates of greedy CTC, the answers, answers to shuffled clips; share of exact answers."""
         import jiwer
 
+        assistant = Assistant(self.core, self.tokenizer, [self.adapter])
         heard: list[str] = []
+        answers: list[str] = []
         for i in range(0, len(clips), size):
             parts = [Audio(clip.waveform(), SAMPLE_RATE) for clip in clips[i : i + size]]
             memory = self.adapter.encode(self.adapter.preprocess(parts))
             spelled = self.adapter.reader.decode(memory.vectors, memory.lengths)
             heard += [self.tokenizer.decode(ids).strip() for ids in spelled]
-        return {"ctc_wer": jiwer.wer([clip.text for clip in clips], heard)}
-
-
-class CoreTask(EncoderTask):
-    """Second stage: what the frozen core reads. The first `align_steps` are CTC alone."""
-
-    name = "speech"
-
-    def __init__(
-        self,
-        adapter: SpeechAdapter,
-        core: Llama,
-        tokenizer: Tokenizer,
-        corpus: Corpus,
-        held_out: Mapping[str, Sequence[Spoken]],
-        recipe: Recipe,
-        align_steps: int,
-        seed: int,
-    ) -> None:
-        super().__init__(adapter, tokenizer, corpus, held_out, recipe, seed)
-        self.core, self.align_steps = core, align_steps
-
-    def loss(self, batch: SpeechBatch) -> tuple[Tensor, dict[str, float]]:
-        """The core's cross-entropy on its answers, plus what the first stage measures."""
-        if batch.step < self.align_steps:
-            return super().loss(batch)
-        view, parts = self._view(batch)
-        pairs = zip(batch.examples, parts, strict=True)
-        answering = Assistant(self.core, self.tokenizer, [view]).loss(
-            [conversation(example.clip, part) for example, part in pairs]
-        )
-        assert view.memory is not None
-        hearing, figures = self._hearing(batch, view.memory)
-        return answering + self.recipe.ctc_weight * hearing, {"core_loss": answering.item(), **figures}
-
-    def score(self, clips: Sequence[Spoken], size: int = 50) -> dict[str, float]:
-        """Also what the core answers: word error rate, the same with the clips shuffled, and exact match."""
-        import jiwer
-
-        assistant = Assistant(self.core, self.tokenizer, [self.adapter])
-        answers: list[str] = []
-        for i in range(0, len(clips), size):
-            asked = [
-                conversation(clip, Audio(clip.waveform(), SAMPLE_RATE))[:-1] for clip in clips[i : i + size]
-            ]
+            asked = [conversation(*pair)[:-1] for pair in zip(clips[i : i + size], parts, strict=True)]
             answers += assistant.generate(asked, Sampling(max_new_tokens=24))
         wanted = [clip.answer for clip in clips]
         order = np.random.default_rng(0).permutation(len(clips))
         return {
-            **super().score(clips, size),
+            "ctc_wer": jiwer.wer([clip.text for clip in clips], heard),
             "wer": jiwer.wer(wanted, answers),
             "wer_shuffled": jiwer.wer(wanted, [answers[i] for i in order]),
             "accuracy": float(np.mean([a.lower() == w for a, w in zip(answers, wanted, strict=True)])),
@@ -296,19 +241,13 @@ def train(
         questions, commands = held_out_questions(150, cache_dir), held_out_commands(150, cache_dir)
     digits = interleaved(recorded_digits(data_root, "dev"), 200)
     held_out = {"digits": digits, "commands": commands, "questions": questions}
-    listening_steps = round(steps * recipe.listening_fraction)
     torch.manual_seed(seed)
-    codes = torch.randn(core.config.vocab_size, core.config.dim)
-    listener = create(encoder, core, codes, output_scale=1.0)
-    first = EncoderTask(listener, tokenizer, corpus, held_out, recipe, seed)
-    fit(first, _fit_config(out, listening_steps, lr, seed))
-
-    adapter = create(encoder, core)
-    core_steps = steps - listening_steps
-    align_steps = round(core_steps * recipe.align_fraction)
-    task = CoreTask(adapter, core, tokenizer, corpus, held_out, recipe, align_steps, seed + 1)
-    _hand_over(first, task)
-    figures = fit(task, _fit_config(out, core_steps, lr * recipe.core_lr_scale, seed))
+    adapter = create(encoder, core, codes=recipe.codes)
+    task = SpeechTask(adapter, core, tokenizer, corpus, held_out, recipe, seed)
+    config = FitConfig(
+        out=out, steps=steps, lr=lr, warmup=min(150, steps // 5 + 1), save_every=400, seed=seed
+    )
+    figures = fit(task, config)
     if core_hash(core) != before:
         raise RuntimeError("training changed the frozen core")
     shown = core_dir if core_dir == "nano" else "DIR"  # no path of this machine in a published card
@@ -317,15 +256,3 @@ def train(
         command += f" --encoder whisper:{Path(encoder.removeprefix('whisper:')).name}"
     adapter.save(out, core, model_card(adapter, figures, command, seed))
     return figures
-
-
-def _fit_config(out: Path, steps: int, lr: float, seed: int) -> FitConfig:
-    return FitConfig(out=out, steps=steps, lr=lr, warmup=min(150, steps // 5 + 1), save_every=400, seed=seed)
-
-
-def _hand_over(first: EncoderTask, second: EncoderTask) -> None:
-    """Continue with all that the first stage learned, except what belongs to its random vectors."""
-    own = ("reader.", "projector.out.", "projector.begin", "projector.end")
-    learned = {k: v for k, v in first.adapter.state_dict().items() if not k.startswith(own)}
-    second.adapter.load_state_dict(learned, strict=False)
-    second.phonemes.load_state_dict(first.phonemes.state_dict())

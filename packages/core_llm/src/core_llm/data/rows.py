@@ -1,5 +1,7 @@
 """What the dataset registry is made of: rows, and sources that read them."""
 
+import csv
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,3 +44,48 @@ class Source:
 def declared_split(stem: str) -> str | None:
     """A split that the file name states; test and validation files are never trained on."""
     return {"train": "train", "dev": "dev", "validation": "dev", "val": "dev", "test": "dev"}.get(stem)
+
+
+# group (rows that must stay together) and fields of a row.
+Fields = Callable[[dict[str, Any]], tuple[str, dict[str, Any]]]
+
+
+def jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one per line."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+
+
+def numbered(
+    prefix: str, rows: Iterable[tuple[str, dict[str, Any]]], split: str | None = None
+) -> Iterator[Row]:
+    """Rows whose ids are their places."""
+    for i, (group, fields) in enumerate(rows):
+        yield Row(f"{prefix}-{i}", group, fields, split)
+
+
+def from_csv(name: str, file: str, fields: Fields) -> Callable[[Path], Iterator[Row]]:
+    """Reads one CSV file of a folder."""
+
+    def read(folder: Path) -> Iterator[Row]:
+        with open(folder / file, encoding="utf-8", newline="") as opened:
+            yield from numbered(name, map(fields, csv.DictReader(opened)))
+
+    return read
+
+
+def from_hub(
+    name: str, fields: Fields, one_part: bool = False
+) -> Callable[[Iterable[dict[str, Any]], str], Iterator[Row]]:
+    """Reads the rows of a hub copy.
+
+    one_part: the dataset is undivided, whatever the hub copy calls its one part; the group's hash splits.
+    """
+
+    def read(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
+        prefix, declared = (name, None) if one_part else (f"{name}-{split}", declared_split(split))
+        yield from numbered(prefix, map(fields, rows), declared)
+
+    return read

@@ -8,12 +8,12 @@ a hash of the row's group, so that rows that share an image, speaker or context 
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core_llm.data.rows import Row, Source, declared_split
+from core_llm.data.rows import Row, Source, declared_split, from_hub, jsonl, numbered
 from core_llm.data.safety_sets import SAFETY
 from core_llm.data.snapshots import has_parquet, parts
 from core_llm.data.speech import SPEECH
@@ -119,20 +119,6 @@ def _read_hub(source: Source, subset: str = "") -> list[Row]:
         ) from error
 
 
-def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
-                yield json.loads(line)
-
-
-def _numbered(
-    prefix: str, rows: Iterable[tuple[str, dict[str, Any]]], split: str | None = None
-) -> Iterator[Row]:
-    for i, (group, fields) in enumerate(rows):
-        yield Row(f"{prefix}-{i}", group, fields, split)
-
-
 def _easy_vqa_local(folder: Path) -> Iterator[Row]:
     for i, (question, answer, image) in enumerate(json.loads((folder / "questions.json").read_text())):
         fields = {"question": question, "answer": answer, "image": folder / "images" / f"{image}.png"}
@@ -147,99 +133,14 @@ def _easy_vqa_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
         yield Row(f"easy_vqa-{split}-{i}", f"{split}-{group}", fields, declared_split(split))
 
 
-def _diasafety_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    unsafe = str(row["label"]).lower() in ("unsafe", "1")
-    fields = {
-        "context": row["context"],
-        "response": row["response"],
-        "category": row["category"],
-        "label": int(unsafe),
-    }
-    return row["context"], fields
-
-
-def _diasafety_local(folder: Path) -> Iterator[Row]:
-    files = sorted(folder.glob("*.jsonl"))
-    if not files:
-        raise FileNotFoundError("no .jsonl file")
-    for path in files:
-        rows = map(_diasafety_fields, _jsonl(path))
-        yield from _numbered(f"diasafety-{path.stem}", rows, declared_split(path.stem))
-
-
-def _diasafety_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
-    # The official split repeats contexts across its parts: the hash of the context decides instead.
-    yield from _numbered(f"diasafety-{split}", map(_diasafety_fields, rows))
-
-
-MODERATION_LABELS = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")
-
-
-def _moderation_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    labels = {key: row.get(key) for key in MODERATION_LABELS}
-    unsafe = any(value == 1 for value in labels.values())
-    return row["prompt"], {"prompt": row["prompt"], "labels": labels, "label": int(unsafe)}
-
-
-def _moderation_local(folder: Path) -> Iterator[Row]:
-    files = sorted(folder.glob("*.jsonl"))
-    if not files:
-        raise FileNotFoundError("no .jsonl file")
-    for path in files:
-        yield from _numbered(f"openai_moderation-{path.stem}", map(_moderation_fields, _jsonl(path)))
-
-
-def _moderation_hub(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
-    yield from _numbered(f"openai_moderation-{split}", map(_moderation_fields, rows))
-
-
-def _hate_speech_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    return row["tweet"], {"text": row["tweet"], "label": int(row["class"])}
-
-
-def _ailuminate_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    return row["prompt_text"], {"prompt": row["prompt_text"], "hazard": row["hazard"]}
-
-
-def _simple_safety_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    prompt = row.get("prompts_final") or row["prompt"]
-    return prompt, {"prompt": prompt, "harm_area": row["harm_area"]}
-
-
-def _frr_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    return row["mutated_prompt"], {"prompt": row["mutated_prompt"]}
-
-
 def _gsm8k_fields(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return row["question"], {"question": row["question"], "answer": row["answer"]}
 
 
-Fields = Callable[[dict[str, Any]], tuple[str, dict[str, Any]]]
-
-
-def _from_csv(name: str, file: str, fields: Fields) -> Callable[[Path], Iterator[Row]]:
-    def read(folder: Path) -> Iterator[Row]:
-        with open(folder / file, encoding="utf-8", newline="") as opened:
-            yield from _numbered(name, map(fields, csv.DictReader(opened)))
-
-    return read
-
-
-def _from_hub(name: str, fields: Fields) -> Callable[[Iterable[dict[str, Any]], str], Iterator[Row]]:
-    def read(rows: Iterable[dict[str, Any]], split: str) -> Iterator[Row]:
-        yield from _numbered(f"{name}-{split}", map(fields, rows), declared_split(split))
-
-    return read
-
-
-def _frr_local(folder: Path) -> Iterator[Row]:
-    yield from _numbered("mitre_frr", map(_frr_fields, json.loads((folder / "mitre_frr.json").read_text())))
-
-
 def _gsm8k_local(folder: Path) -> Iterator[Row]:
     for stem in ("train", "test"):
-        rows = map(_gsm8k_fields, _jsonl(folder / f"{stem}.jsonl"))
-        yield from _numbered(f"gsm8k-{stem}", rows, declared_split(stem))
+        rows = map(_gsm8k_fields, jsonl(folder / f"{stem}.jsonl"))
+        yield from numbered(f"gsm8k-{stem}", rows, declared_split(stem))
 
 
 # Pictures of COCO stand in `train2017/`, `val2017/`, ... beside the annotations, under their own names.
@@ -347,66 +248,6 @@ _ALL = (
         read_hub=_easy_vqa_hub,
     ),
     Source(
-        name="diasafety",
-        title="DiaSafety",
-        licence="Apache-2.0",
-        homepage="https://github.com/thu-coai/DiaSafety",
-        hub=("thu-coai/diasafety", None),
-        dev_fraction=0.1,
-        read_local=_diasafety_local,
-        read_hub=_diasafety_hub,
-    ),
-    Source(
-        name="openai_moderation",
-        title="OpenAI moderation evaluation set",
-        licence="MIT",
-        homepage="https://github.com/openai/moderation-api-release",
-        hub=("mmathys/openai-moderation-api-evaluation", None),
-        dev_fraction=0.5,
-        read_local=_moderation_local,
-        read_hub=_moderation_hub,
-    ),
-    Source(
-        name="hate_speech",
-        title="Hate speech and offensive language (Davidson et al. 2017)",
-        licence="MIT",
-        homepage="https://github.com/t-davidson/hate-speech-and-offensive-language",
-        hub=("tdavidson/hate_speech_offensive", None),
-        dev_fraction=0.1,
-        read_local=_from_csv("hate_speech", "labeled_data.csv", _hate_speech_fields),
-        read_hub=_from_hub("hate_speech", _hate_speech_fields),
-    ),
-    Source(
-        name="ailuminate",
-        title="MLCommons AILuminate demo prompts",
-        licence="CC BY 4.0",
-        homepage="https://github.com/mlcommons/ailuminate",
-        hub=None,
-        dev_fraction=0.2,
-        read_local=_from_csv("ailuminate", "dev.csv", _ailuminate_fields),
-        read_hub=_from_hub("ailuminate", _ailuminate_fields),
-    ),
-    Source(
-        name="simple_safety_tests",
-        title="SimpleSafetyTests",
-        licence="CC BY",
-        homepage="https://github.com/bertiev/SimpleSafetyTests",
-        hub=("Bertievidgen/SimpleSafetyTests", None),
-        dev_fraction=0.2,
-        read_local=_from_csv("simple_safety_tests", "test_cases.csv", _simple_safety_fields),
-        read_hub=_from_hub("simple_safety_tests", _simple_safety_fields),
-    ),
-    Source(
-        name="mitre_frr",
-        title="CyberSecEval false-refusal prompts",
-        licence="MIT",
-        homepage="https://github.com/meta-llama/PurpleLlama",
-        hub=None,
-        dev_fraction=0.2,
-        read_local=_frr_local,
-        read_hub=_from_hub("mitre_frr", _frr_fields),
-    ),
-    Source(
         name="gsm8k",
         title="GSM8K",
         licence="MIT",
@@ -414,7 +255,7 @@ _ALL = (
         hub=("openai/gsm8k", "main"),
         dev_fraction=0.1,
         read_local=_gsm8k_local,
-        read_hub=_from_hub("gsm8k", _gsm8k_fields),
+        read_hub=from_hub("gsm8k", _gsm8k_fields),
     ),
     Source(
         name="coco_captions",

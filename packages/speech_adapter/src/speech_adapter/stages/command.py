@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from core_llm import cli_tools
 from core_llm.checkpoint import load_core
 from speech_adapter.augment import perturbation
 from speech_adapter.examples import TASKS, train_and_held_out
@@ -43,6 +44,4 @@ def train_stage(
         name, model, tokenizer, trained, (examples, held_out), out / "state", config, seed, chosen
     )
     trained.save(out, model)
-    print(f"adapter saved in {out}")
-    for figure, value in figures.items():
-        print(f"  {figure:24} {value:.4f}")
+    cli_tools.print_saved(out, figures)

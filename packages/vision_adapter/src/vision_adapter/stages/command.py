@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from core_llm import cli_tools
 from core_llm.checkpoint import load_core
 from core_llm.data.sources import SOURCES
 from core_llm.errors import UserError
@@ -47,9 +48,7 @@ def train_stage(
         name, model, tokenizer, start, (examples, held_out), out / "state", config, seed
     )
     trained.save(out, model, card(name, data, preset_name, seed, config, figures))
-    print(f"adapter saved in {out}")
-    for figure, value in figures.items():
-        print(f"  {figure:24} {value:.4f}")
+    cli_tools.print_saved(out, figures)
 
 
 def card(
