@@ -69,8 +69,10 @@ def test_loss_that_is_no_number_stops_with_advice(tmp_path: Path) -> None:
 
 def test_state_of_another_run_or_a_corrupt_one_is_refused(tmp_path: Path) -> None:
     fit(Line(), FitConfig(tmp_path, steps=4))
-    with pytest.raises(CheckpointError, match="4 steps"):
+    with pytest.raises(CheckpointError, match="with steps 4, not 5"):
         fit(Line(), FitConfig(tmp_path, steps=5))
+    with pytest.raises(CheckpointError, match=r"with lr 0.001, not 0.01"):
+        fit(Line(), FitConfig(tmp_path, steps=4, lr=0.01))
     state = tmp_path / "line.state.pt"
     state.write_bytes(state.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="cannot be resumed"):

@@ -69,6 +69,10 @@ class FitConfig:
     resume: bool = True
 
 
+# Settings that a run cannot change on the way: what it comes to would be neither the one nor the other.
+_DECIDING = ("steps", "seed", "lr", "warmup", "weight_decay", "clip", "final_lr_fraction")
+
+
 def learning_rate(step: int, config: FitConfig) -> float:
     """Learning rate at a step."""
     if step < config.warmup:
@@ -206,8 +210,7 @@ def _save(path: Path, task: Task, optimizer: torch.optim.Optimizer, step: int, c
         return
     state = {
         "step": step,
-        "steps": config.steps,
-        "seed": config.seed,
+        **{name: getattr(config, name) for name in _DECIDING},
         "modules": {name: module.state_dict() for name, module in task.modules().items()},
         "optimizer": optimizer.state_dict(),
         "rng": states[0] if len(states) == 1 else torch.stack(states),
@@ -224,11 +227,13 @@ def _resume(path: Path, task: Task, optimizer: torch.optim.Optimizer, config: Fi
         # On the CPU first: it may have been saved on a device that is not here, and the random numbers' state
         # belongs there; loading copies the rest to where the modules are.
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if (state["steps"], state["seed"]) != (config.steps, config.seed):
-            raise CheckpointError(
-                f"{path}: belongs to a run of {state['steps']} steps with seed {state['seed']}; "
-                "give the same numbers, another --out, or delete it"
-            )
+        for name in _DECIDING:
+            before, now = state.get(name, getattr(config, name)), getattr(config, name)
+            if before != now:
+                raise CheckpointError(
+                    f"{path}: belongs to a run with {name.replace('_', ' ')} {before}, not {now}; "
+                    "give the same, another --out, or delete it"
+                )
         for name, module in task.modules().items():
             module.load_state_dict(state["modules"][name])
         optimizer.load_state_dict(state["optimizer"])
