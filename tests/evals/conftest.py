@@ -10,8 +10,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import soundfile
+import torch
 
 from core_llm.chat import Message
+from core_llm.checkpoint import save_core
+from core_llm.testing import tiny_core
 
 
 @dataclass
@@ -97,4 +100,27 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "test"):
         sums = [{"question": f"what is {i} plus 1?", "answer": f"#### {i + 1}"} for i in range(8)]
         (root / "gsm8k" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, sums)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with core/, vision_adapter/ and speech_adapter/; all gates open."""
+    from speech_adapter.adapter import SpeechAdapter
+    from speech_adapter.config import SpeechConfig
+    from vision_adapter.adapter import VisionAdapter
+    from vision_adapter.config import VisionConfig
+
+    root = tmp_path_factory.mktemp("model")
+    core, tokenizer = tiny_core()
+    save_core(root / "core", core, tokenizer)
+    torch.manual_seed(0)
+    vision = VisionAdapter(VisionConfig(), core.config)
+    for name, parameter in vision.named_parameters():
+        if name.endswith("gate"):
+            torch.nn.init.ones_(parameter)
+    vision.save(root / "vision_adapter", core)
+    SpeechAdapter(SpeechConfig(core_dim=core.config.dim), core.embed_tokens.weight).save(
+        root / "speech_adapter", core
+    )
     return root

@@ -6,37 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from core_llm.checkpoint import save_core
 from core_llm.errors import CheckpointError, MediaError, UserError
-from core_llm.testing import tiny_core
 from evals import run, runner
 from evals.models import Subject, folders, load_assistant
 from evals.tasks import Options, find, registry
 
 torch.set_num_threads(2)
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder with core/, vision_adapter/ and speech_adapter/; all gates open."""
-    from speech_adapter.adapter import SpeechAdapter
-    from speech_adapter.config import SpeechConfig
-    from vision_adapter.adapter import VisionAdapter
-    from vision_adapter.config import VisionConfig
-
-    root = tmp_path_factory.mktemp("model")
-    core, tokenizer = tiny_core()
-    save_core(root / "core", core, tokenizer)
-    torch.manual_seed(0)
-    vision = VisionAdapter(VisionConfig(), core.config)
-    for name, parameter in vision.named_parameters():
-        if name.endswith("gate"):
-            torch.nn.init.ones_(parameter)
-    vision.save(root / "vision_adapter", core)
-    SpeechAdapter(SpeechConfig(core_dim=core.config.dim), core.embed_tokens.weight).save(
-        root / "speech_adapter", core
-    )
-    return root
 
 
 def test_text_logits_are_bit_equal_with_adapters_attached(tiny_model: Path, tmp_path: Path) -> None:

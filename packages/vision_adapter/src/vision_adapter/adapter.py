@@ -17,12 +17,12 @@ from core_llm.adapters import Spans
 from core_llm.chat import Image
 from core_llm.checkpoint import load_adapter, load_strict, read_config, read_tensors
 from core_llm.config import LlamaConfig
-from core_llm.errors import CheckpointError, MediaError
+from core_llm.errors import CheckpointError
 from core_llm.files import WEIGHTS
 from core_llm.kernels import Mask
 from core_llm.model import Llama
 from vision_adapter.config import VisionConfig, cross_attention_schedule
-from vision_adapter.cross_attention import CrossAttentionBlock
+from vision_adapter.cross_attention import CrossAttentionBlock, check_placeholders
 from vision_adapter.encoder import Encoder
 from vision_adapter.images import tiles
 from vision_adapter.updates import WithUpdates, load_updates, without_updates
@@ -163,11 +163,7 @@ class VisionAdapter(WithUpdates):
 
         Raises `MediaError` where the text has not one placeholder for each picture.
         """
-        if len(spans.rows) != memory.count:
-            raise MediaError(
-                f"the text has {len(spans.rows)} image placeholders but {memory.count} images were given; "
-                "give one image for each placeholder"
-            )
+        check_placeholders(spans, memory.count)
         if memory.count == 0:
             return {}
         return bound(dict(self._blocks()), memory, spans, self.config.n_patches)

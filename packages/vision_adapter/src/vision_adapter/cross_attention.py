@@ -9,9 +9,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from core_llm.adapters import Spans
 from core_llm.config import LlamaConfig
+from core_llm.errors import MediaError
 from core_llm.kernels import Mask, attend
 from core_llm.layers import FeedForward, Linear, RMSNorm
+
+
+def check_placeholders(spans: Spans, n_images: int) -> None:
+    """Raise `MediaError` where the text has not one placeholder for each picture."""
+    if len(spans.rows) != n_images:
+        raise MediaError(
+            f"the text has {len(spans.rows)} image placeholders but {n_images} images were given; "
+            "give one image for each placeholder"
+        )
 
 
 class CrossAttentionBlock(nn.Module):

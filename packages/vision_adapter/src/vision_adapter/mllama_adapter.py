@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from core_llm.adapters import Spans
 from core_llm.chat import Image
 from core_llm.config import LlamaConfig
-from core_llm.errors import MediaError
 from core_llm.model import Llama
 from vision_adapter.config import cross_attention_schedule
-from vision_adapter.cross_attention import CrossAttentionBlock
+from vision_adapter.cross_attention import CrossAttentionBlock, check_placeholders
 from vision_adapter.mllama_config import MllamaConfig
 from vision_adapter.mllama_encoder import Affine, MllamaEncoder, Tiles, check_tiles
 from vision_adapter.mllama_memory import Plan, TileMemory, plan
@@ -82,11 +81,7 @@ class MllamaAdapter(WithUpdates):
 
         Raises `MediaError` where the text has not one placeholder for each picture.
         """
-        if len(spans.rows) != memory.count:
-            raise MediaError(
-                f"the text has {len(spans.rows)} image placeholders but {memory.count} images were given; "
-                "give one image for each placeholder"
-            )
+        check_placeholders(spans, memory.count)
         if memory.count == 0:
             return {}
         ordered, order = memory.in_order(spans.rows)
