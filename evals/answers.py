@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # What differs between two runs of one command although nothing of the result does.
 _OF_THE_MOMENT = ("date", "rows_answered_before")
+_FIELDS = ("task", "id", "group", "kind", "target", "asked")
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class Answered:
     task: str
     id: str
     group: str
+    kind: str
     target: str
     asked: str
+    output: Mapping[str, Any]
     row: Mapping[str, float]
 
 
@@ -85,9 +88,9 @@ def read(path: Path) -> Answers:
         metrics = {task: tuple(names) for task, names in header["metrics"].items()}
         rows: dict[str, dict[str, Answered]] = {task: {} for task in metrics}
         for line in lines:
-            fields = {name: str(line[name]) for name in ("task", "id", "group", "target", "asked")}
+            fields = {name: str(line[name]) for name in _FIELDS}
             row = {name: float(value) for name, value in line["row"].items()}
-            rows[fields["task"]][fields["id"]] = Answered(**fields, row=row)
+            rows[fields["task"]][fields["id"]] = Answered(**fields, output=dict(line["output"]), row=row)
         return Answers(header["answers_of"], metrics, rows)
     except FileNotFoundError:
         raise UserError(

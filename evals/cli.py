@@ -7,6 +7,7 @@ import tyro
 
 from core_llm import cli_tools
 from evals.cli_compare import compare as compare_runs
+from evals.cli_compare import export_inspect
 from evals.cli_safety import attacked, attacks, judge
 from evals.cli_scaling import scaling
 from evals.cli_scorecard import scorecard
@@ -145,6 +146,7 @@ def main() -> None:
             "list": list_tasks,
             "contamination": contamination,
             "compare": compare_runs,
+            "export-inspect": export_inspect,
             "scorecard": scorecard,
             "attacks": attacks,
             "judge": judge,

@@ -7,10 +7,10 @@ Axes: B conversations, T positions, V vocabulary, K categories.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,8 +114,9 @@ def with_opinions(
 ) -> list[Example]:
     """The same examples with the teacher's opinion, and its P(unsafe) as the target.
 
-    Opinions are kept in `cache` (JSON lines, no texts) as they come: a run that was interrupted goes on
-    behind the last one. Another teacher or another policy asks anew.
+    Opinions are kept in `cache` (JSON, no texts), `_CHUNK` conversations a line: a run that was interrupted
+    asks for the same ones together as it would have, so it gets the same numbers to the last bit. Another
+    teacher or another policy asks anew.
     """
     from tqdm import tqdm
 
@@ -133,8 +134,7 @@ def with_opinions(
             new = {key: v.categories for (key, _), v in zip(part, verdicts, strict=True)}
             known |= new
             if writes:
-                with cache.open("a") as file:
-                    file.writelines(json.dumps([key, opinion]) + "\n" for key, opinion in new.items())
+                _append(cache, json.dumps(list(new.items())))
             bar.update(len(part))
     return [
         replace(e, opinion=known[key], target=min(1.0, sum(known[key].values())))
@@ -147,14 +147,22 @@ def _key(who: str, example: Example) -> str:
     return hashlib.sha256(said.encode()).hexdigest()
 
 
-def _read_cache(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _append(path: Path, line: str) -> None:
+    """Write a line behind the others; where the last one was cut off, it is ended first."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
+
+
+def _read_cache(path: Path) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
     if not path.is_file():
         return found
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            key, opinion = json.loads(line)
-        except ValueError:
+            found |= {key: {code: float(p) for code, p in told.items()} for key, told in json.loads(line)}
+        except (ValueError, TypeError, AttributeError):
             continue  # the line at which a run was killed
-        found[key] = opinion
     return found

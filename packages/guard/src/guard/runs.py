@@ -13,7 +13,7 @@ import torch
 from core_llm import processes
 from core_llm.checkpoint import core_hash, load_core
 from core_llm.devices import chosen_device
-from core_llm.errors import UserError
+from core_llm.errors import CheckpointError, UserError
 from core_llm.files import lock, read_json, write_text
 from core_llm.lora import ALL_LINEAR, LoRA, LoRAConfig
 from core_llm.model import Llama
@@ -88,8 +88,10 @@ class TrainRun(Run):
         recipe = self._recipe()
         # Either the regression's opinion or the larger guard's.
         weight = 0.0 if self.teacher else recipe.teacher_weight
-        data = _data(self, weight, policy)
-        with _alone(self.out, _settings(self, core, policy, data), self.resume):
+        chosen = _chosen(self, weight)
+        with _alone(self.out, self.core, self.teacher):
+            data = load_data(chosen, policy)
+            _begin(self.out, _settings(self, core, policy, data), self.resume)
             self._train(core, tokenizer, where, recipe, policy, data)
 
     def _train(
@@ -169,13 +171,15 @@ class PruneRun(Run):
         where = chosen_device(self.device)
         guard = Guard.load(self.model)
         check(guard.core, self.layers, self.ffn, scheme)  # before the data is read
-        data = _data(self, 0.0, guard.policy)
+        chosen = _chosen(self, 0.0)
         guard.core.to(where)
         config = FitConfig(
             self.out / "state", self.steps, self.lr, warmup=20, seed=self.seed, resume=self.resume,
             save_every=50,
         )  # fmt: skip
-        with _alone(self.out, _settings(self, guard.core, guard.policy, data), self.resume):
+        with _alone(self.out, self.model):
+            data = load_data(chosen, guard.policy)
+            _begin(self.out, _settings(self, guard.core, guard.policy, data), self.resume)
             small, stages = compress(guard, data.all_parts, data.held_out, config, settings)
             self._save(small, stages, data)
 
@@ -208,11 +212,14 @@ def _settings(run: Run, core: Llama, policy: Policy, data: TrainingData) -> dict
 
 
 @contextmanager
-def _alone(out: Path, settings: dict[str, Any], resume: bool) -> Iterator[None]:
-    """Keep other programs out of the folder, and the state of other settings out of this run.
+def _alone(out: Path, *sources: str | None) -> Iterator[None]:
+    """Keep other programs out of the folder, before any work; `sources`: what the run is made from.
 
-    Raises `UserError` where a program is at work there, or where a run with other settings is continued.
+    Raises `UserError` where a program is at work there, or where the result would replace a source.
     """
+    for source in sources:
+        if source is not None and out.exists() and out.resolve() == Path(source).resolve():
+            raise UserError(f"{out}: is what this run is made from; choose another folder")
     if not processes.is_writer():
         yield
         return
@@ -222,13 +229,31 @@ def _alone(out: Path, settings: dict[str, Any], resume: bool) -> Iterator[None]:
     try:
         if not lock(descriptor):
             raise UserError(f"{out}: another run is writing there; wait for it, or choose another folder")
-        known = state / "settings.json"
-        if resume and known.is_file() and any(state.glob("*.state.pt")):
-            _check_same(out, read_json(known), settings)
-        write_text(known, json.dumps(settings, indent=2) + "\n")
         yield
     finally:
         os.close(descriptor)
+
+
+def _begin(out: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Keep the state of other settings out of this run.
+
+    Raises `UserError` where a run with other or unknown settings would be continued.
+    """
+    if not processes.is_writer():
+        return
+    known = out / "state" / "settings.json"
+    states = sorted(known.parent.glob("*.state.pt"))
+    if resume and states:
+        try:
+            before = read_json(known)
+        except CheckpointError as error:
+            raise UserError(f"{error}; begin anew with --resume False") from error
+        _check_same(out, before, settings)
+    elif not resume:
+        # Or a run that is killed before it saves would be continued from the state of the one before.
+        for path in states:
+            path.unlink()
+    write_text(known, json.dumps(settings, indent=2) + "\n")
 
 
 def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -241,14 +266,14 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-def _data(run: Run, teacher_weight: float, policy: Policy) -> TrainingData:
+def _chosen(run: Run, teacher_weight: float) -> DataConfig:
+    """What to learn from; raises `UserError` for what could not be read or makes no sense."""
     if not 0 <= run.held_out < 1:
         raise UserError(f"--held-out must be in [0, 1), got {run.held_out}")
     if run.drop_repeated and not run.near_duplicates:
         raise UserError("--drop-repeated needs an overlap: give --near-duplicates more than 0")
     cache = run.out / "state" / "near_duplicates.json"
-    chosen = DataConfig(
+    return DataConfig(
         run.data_root, run.sets, run.data, run.near_duplicates, run.drop_repeated, cache, run.held_out,
         teacher_weight, run.seed,
     )  # fmt: skip
-    return load_data(chosen, policy)

@@ -33,7 +33,8 @@ SETS = (*examples.MIXTURE, TEMPLATES)
 class DataConfig:
     """What is trained on. sets: names of `SETS`; files: JSONL of one's own; threshold: of near-duplicates,
     0 to look for none; once: drop repetitions too; held_out: share of the contexts of a file that is held
-    out; cache: a file that keeps which rows were dropped.
+    out; cache: a file that keeps which rows were dropped. Raises `UserError` for an unknown set or nothing
+    to train on.
     """
 
     root: Path | None = None
@@ -45,6 +46,16 @@ class DataConfig:
     held_out: float = 0.1
     teacher_weight: float = 0.5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.sets if name not in SETS]
+        if unknown or not (self.sets or self.files):
+            what = f"unknown set '{unknown[0]}'" if unknown else "nothing to train on: give --sets or --data"
+            raise UserError(f"{what}; known sets: {', '.join(SETS)}")
+        named = [path.stem for path in self.files]
+        twice = [name for i, name in enumerate(named) if name in [*self.sets, *named[:i]]]
+        if twice:
+            raise UserError(f"two sets are called '{twice[0]}': rename the file")
 
 
 @dataclass
@@ -64,16 +75,8 @@ class TrainingData:
 def load_data(config: DataConfig, policy: Policy) -> TrainingData:
     """The chosen sets and files without what repeats held-out rows.
 
-    Raises `UserError` for an unknown set or nothing to train on, `DataError` for what cannot be read.
+    Raises `UserError` where no row is left to train on, `DataError` for what cannot be read.
     """
-    unknown = [name for name in config.sets if name not in SETS]
-    if unknown or not (config.sets or config.files):
-        what = f"unknown set '{unknown[0]}'" if unknown else "nothing to train on: give --sets or --data"
-        raise UserError(f"{what}; known sets: {', '.join(SETS)}")
-    named = [path.stem for path in config.files]
-    twice = [name for i, name in enumerate(named) if name in [*config.sets, *named[:i]]]
-    if twice:
-        raise UserError(f"two sets are called '{twice[0]}': rename the file")
     made = TrainingData()
     loaded: dict[str, tuple[list[Example], int | None]] = {}
     for path in config.files:

@@ -71,15 +71,21 @@ def check(content: bytes, limits: Limits) -> None:
     """Refuse what is no image, or one of too many pixels, before anything decodes it."""
     from PIL import Image, UnidentifiedImageError
 
+    moving = False
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             pixels = image.width * image.height
-            if pixels <= limits.image_pixels:
+            # A photo may carry further pictures of the same scene (JPEG); an animation shows them in turn.
+            moving = image.format != "JPEG" and getattr(image, "n_frames", 1) > 1
+            if pixels <= limits.image_pixels and not moving:
                 image.load()
     except Image.DecompressionBombError:
         pixels = limits.image_pixels + 1
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError):
         raise _bad(f"not a readable image; known are {', '.join(FORMATS)}") from None
+    if moving:
+        # Only the first picture would be judged, and people would be shown the others.
+        raise _bad("an image holds more than one picture: send each of them as an image")
     if pixels > limits.image_pixels:
         raise _bad(f"an image has more than {limits.image_pixels} pixels", "image_too_large", 413)
 
