@@ -210,7 +210,7 @@ SAFETY = (
         title="HarmBench, text behaviours",
         licence="MIT",
         homepage="https://github.com/centerforaisafety/HarmBench",
-        hub=("walledai/HarmBench", "standard"),  # asks for an agreement first; without the contextual behaviours, a part of its own
+        hub=("walledai/HarmBench", "standard"),  # asks for an agreement; no contextual behaviours
         dev_fraction=1.0,
         read_local=from_csv("harmbench", "harmbench_behaviors_text_all.csv", _harmbench),
         read_hub=from_hub("harmbench", _harmbench, one_part=True),
