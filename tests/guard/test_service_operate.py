@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -292,12 +293,63 @@ def test_traces_hold_facts_and_no_text() -> None:
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     with TestClient(create_app(WordEngine(), tracing=Tracing(provider))) as client:
-        post(client, "secret bomb", traceparent=parent)
-    spans = {span.name: span for span in exporter.get_finished_spans()}
-    top = spans["POST /v1/moderations"]
-    assert top.attributes is not None and top.attributes["guard.flagged"] == 1
-    assert format(top.context.trace_id, "032x") == parent.split("-")[1]
-    assert "secret" not in "".join(span.to_json() for span in spans.values())
+        key = {"authorization": "Bearer secret", "x-request-id": "r1"}
+        client.post(
+            "/v1/moderations", json={"input": ["secret bomb", "x"]}, headers=key | {"traceparent": parent}
+        )
+        client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "secret"}]})
+        lines = b'{"messages": [{"role": "user", "content": "secret"}], "text": "secret"}\n'
+        client.post("/v1/moderations/stream", content=lines)
+        client.post("/v1/moderations", json={"input": 5, "secret": "secret"})
+        client.post("/v1/secret?secret=secret", json={})
+        client.request("SECRET", "/v1/moderations")
+        for probe in ("/healthz", "/readyz", "/metrics"):
+            client.get(probe)
+    spans = exporter.get_finished_spans()
+    tops = [span for span in spans if span.name != "judge"]
+    assert [span.name for span in tops] == [
+        "POST /v1/moderations", "POST /v1/chat/completions", "POST /v1/moderations/stream",
+        "POST /v1/moderations", "POST other", "other /v1/moderations",
+    ]  # fmt: skip
+    assert dict(tops[0].attributes or {}) == {
+        "guard.request_id": "r1", "guard.inputs": 2, "guard.flagged": 1, "http.response.status_code": 200,
+    }  # fmt: skip
+    assert format(tops[0].context.trace_id, "032x") == parent.split("-")[1]
+    assert [(s.attributes or {})["http.response.status_code"] for s in tops[3:]] == [400, 404, 405]
+    judged = [span.parent.span_id for span in spans if span.name == "judge" and span.parent is not None]
+    assert judged == [span.context.span_id for span in tops[:3]]
+    assert "secret" not in "".join(span.to_json() for span in spans).lower()
+
+
+def test_spans_reach_a_collector_over_http() -> None:
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    from guard.service.telemetry import to_collector
+
+    found: list[tuple[str, str]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            sent = ExportTraceServiceRequest.FromString(body)
+            spans = [s for r in sent.resource_spans for scope in r.scope_spans for s in scope.spans]
+            found.extend((self.path, span.name) for span in spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        tracing = to_collector(f"http://127.0.0.1:{server.server_port}/v1/traces")
+        with TestClient(create_app(WordEngine(), tracing=tracing)) as client:
+            assert post(client).status_code == 200
+        server.shutdown()
+    assert found == [("/v1/traces", "judge"), ("/v1/traces", "POST /v1/moderations")]
+    for wrong in ("localhost:4318", "http://", "ftp://localhost/v1/traces"):
+        with pytest.raises(UserError, match="--otlp must be"):
+            to_collector(wrong)
 
 
 def test_readers_of_ones_own_give_the_service_eyes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ A span holds the endpoint, status, request id, number of inputs and of flagged o
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from core_llm.errors import UserError
 
@@ -56,7 +57,7 @@ def to_collector(endpoint: str) -> Tracing:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
         raise UserError("--otlp needs OpenTelemetry: pip install 'guard[otel]'") from None
-    if not endpoint.startswith(("http://", "https://")):
+    if urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname:
         raise UserError(f"--otlp must be an http(s) address, got {endpoint}")
     provider = TracerProvider(resource=Resource.create({"service.name": "guard"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
