@@ -35,8 +35,8 @@ def run(
     Args:
         tasks: Names of tasks; `evals list` shows them.
         model: nano; a folder with core/, vision_adapter/, speech_adapter/ and guard/; a folder or hub id of a
-            Llama; hf:ID is any model of transformers with a chat template; openai:URL[#NAME] a server that
-            speaks OpenAI's protocol; whisper:NAME or whisper:PATH.pt openai-whisper, for transcription.
+            Llama; hf:ID is any model of transformers; openai:URL[#NAME] a server that speaks OpenAI's
+            protocol; whisper:NAME or whisper:PATH.pt openai-whisper, for transcription.
         data_root: Folder with local copies of the datasets; without it they come from the hub.
         split: Which rows: dev is a fixed part that no trainer sees, all is every row there.
         limit: Ask at most this many rows per task (a fixed random choice).

@@ -24,6 +24,8 @@ NAMES = ("nano",)
 # What a model may have besides the core: capability -> import package and sub-folder.
 PARTS: Mapping[str, str] = {"image": "vision_adapter", "audio": "speech_adapter", "guard": "guard"}
 _MISSING = {"image": "has no vision adapter", "audio": "has no speech adapter", "guard": "has no guard"}
+# Among a task's needs: it is asked as plain text by token ids, so that a model needs no chat format.
+PLAIN_TEXT = "plain text"
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -43,7 +45,10 @@ class Model(Protocol):
         ...
 
     def require(self, needs: Sequence[str], task: str) -> None:
-        """Raise `UserError`, one line that says what to do, unless the model has "core", "image", ..."""
+        """Raise `UserError`, one line that says what to do, unless the model has "core", "image", ...
+
+        With `PLAIN_TEXT` among the needs the model is asked by token ids (`TokenModel`) where it has these.
+        """
         ...
 
     def fingerprint(self, needs: Sequence[str]) -> str:
@@ -253,7 +258,7 @@ class Subject:
     def require(self, needs: Sequence[str], task: str) -> None:
         """Raise `UserError` when the model lacks the core, an adapter or the guard that a task needs."""
         for kind in needs:
-            if kind not in self._folders:
+            if kind not in self._folders and kind != PLAIN_TEXT:
                 lack = _MISSING.get(kind, "has no core")
                 raise UserError(f"model '{self.name}' {lack}, which task '{task}' needs")
         if self.quantization and "guard" in needs:

@@ -10,7 +10,7 @@ from core_llm.chat import Message
 from core_llm.digests import folder_digest
 from core_llm.errors import UserError
 from core_llm.sampling import Sampling
-from evals.models import Model, code_of_models, folders
+from evals.models import PLAIN_TEXT, Model, code_of_models, folders
 
 if TYPE_CHECKING:
     from guard import Guard, GuardedAssistant, Verdict
@@ -55,8 +55,8 @@ class GuardedModel:
         return {**self.model.part_hashes, "guard": folder_digest(self._folder)}
 
     def require(self, needs: Sequence[str], task: str) -> None:
-        """As the model's own; a guard is there."""
-        self.model.require([kind for kind in needs if kind != "guard"], task)
+        """As the model's own; a guard is there, and all that passes through it is a conversation."""
+        self.model.require([kind for kind in needs if kind not in ("guard", PLAIN_TEXT)], task)
 
     def fingerprint(self, needs: Sequence[str]) -> str:
         """Of the model, the guard, the sides it checks, and the code of both."""

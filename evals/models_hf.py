@@ -1,4 +1,6 @@
-"""Models of others through transformers: `hf:ID` or `hf:DIR`, any with a chat template; text, images, sound.
+"""Models of others through transformers: `hf:ID` or `hf:DIR`; text, images, sound.
+
+One without a chat template takes the tasks that ask plain text.
 
 Axes: B batch, T positions of the padded batch, K positions whose logits are kept, V vocabulary.
 """
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from core_llm.chat import Audio, Image, Message, Text
 from core_llm.digests import code_digest, folder_digest
 from core_llm.errors import CheckpointError, UserError
-from evals.models import Device, Speaks
+from evals.models import PLAIN_TEXT, Device, Speaks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +90,7 @@ class HfModel(Speaks):
         return any(getattr(self.processor, name, None) is not None for name in names)
 
     def require(self, needs: Sequence[str], task: str) -> None:
-        """Raise `UserError` when it lacks a chat template, or a sense that the task needs."""
+        """Raise `UserError` when it lacks a sense that the task needs, or a chat template where it talks."""
         if "guard" in needs:
             raise UserError(
                 f"model '{self.name}' is no guard, which task '{task}' needs; add one with --guard nano"
@@ -96,11 +98,15 @@ class HfModel(Speaks):
         for kind, what in (("image", "images"), ("audio", "sound")):
             if kind in needs and not self._has(kind):
                 raise UserError(f"model '{self.name}' takes no {what}, which task '{task}' needs")
-        if self._template() is None:
-            raise UserError(f"model '{self.name}' has no chat template; take an instruction-tuned model")
+        if PLAIN_TEXT not in needs:
+            self._require_template(f", which task '{task}' needs")
 
-    def _template(self) -> Any:
-        return getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
+    def _require_template(self, why: str = "") -> None:
+        if not (getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template):
+            raise UserError(
+                f"model '{self.name}' has no chat template{why}; take an instruction-tuned model, or tasks "
+                "that ask plain text, such as mmlu"
+            )
 
     @cached_property
     def part_hashes(self) -> Mapping[str, str]:
@@ -205,6 +211,7 @@ class HfModel(Speaks):
 
     def _inputs(self, conversations: list[list[Any]], side: str, generation_prompt: bool) -> Any:
         """Tensors of a padded batch, on the model's device."""
+        self._require_template()
         self.tokenizer.padding_side = side
         settings: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
         if self.processor is not self.tokenizer:

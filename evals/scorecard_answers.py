@@ -110,12 +110,18 @@ def measure(
     refusals: Refusals,
     options: Options,
     records: Path,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    known: Sequence[Evaluation] = (),
 ) -> list[Answers]:
     """All settings; without a guard only "off". What `records` holds is not asked again.
 
-    The model is asked once for each request: what it says does not depend on who checks it.
+    The model is asked once for each request: what it says does not depend on who checks it. known: tasks that
+    have asked it some of them; what it said there counts, where answers may be as long.
     """
     once = _Once(model)
+    for each in known:
+        if each.task.ask == "generate" and each.task.max_new_tokens == max_new_tokens:
+            once.remember(each.samples, each.outputs, max_new_tokens)
     everything = _AnswersEverything(once, samples)
     found: list[Answers] = []
     checks: GuardedModel | None = None
@@ -130,10 +136,10 @@ def measure(
                 guarded = GuardedModel(speaker, guard, on)
                 checks = _share_guard(guarded, checks)
                 subject = guarded
-            task = _task(setting, who == EVERYTHING, samples, refusals)
+            task = _task(setting, who == EVERYTHING, samples, refusals, max_new_tokens)
             pair.append(evaluate(task, subject, options, records))
         if not on:
-            once.remember(pair[0].samples, pair[0].outputs)
+            once.remember(pair[0].samples, pair[0].outputs, max_new_tokens)
         found.append(Answers(setting, *pair))
         _add_controls(found[-1], options.seed)
     return found
@@ -148,7 +154,13 @@ def _share_guard(guarded: GuardedModel, first: GuardedModel | None) -> GuardedMo
     return first
 
 
-def _task(setting: str, worst: bool, samples: Sequence[Sample], refusals: Refusals) -> Task:
+def _task(
+    setting: str,
+    worst: bool,
+    samples: Sequence[Sample],
+    refusals: Refusals,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> Task:
     where = (
         "guard off"
         if setting == "off"
@@ -173,7 +185,7 @@ def _task(setting: str, worst: bool, samples: Sequence[Sample], refusals: Refusa
         ask="generate",
         load=lambda options: list(samples),
         judge=judge,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=max_new_tokens,
         batch_size=16,
         bundled=True,
     )
@@ -295,10 +307,10 @@ class _Once:
     def fingerprint(self, needs: Sequence[str]) -> str:
         return self.model.fingerprint(needs)
 
-    def remember(self, samples: Sequence[Sample], outputs: Sequence[Output]) -> None:
-        """Take answers that the records held."""
+    def remember(self, samples: Sequence[Sample], outputs: Sequence[Output], max_new_tokens: int) -> None:
+        """Take answers that are known."""
         for sample, output in zip(samples, outputs, strict=True):
-            self._known[conversation_digest(sample.messages), MAX_NEW_TOKENS] = output["text"]
+            self._known[conversation_digest(sample.messages), max_new_tokens] = output["text"]
 
     def generate(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> list[str]:
         keys = [(conversation_digest(messages), max_new_tokens) for messages in conversations]

@@ -1,7 +1,9 @@
 """`evals scorecard`: everything about one model in one run, and one page, one table, one JSON of it."""
 
+import errno
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from evals.scorecard_calibration import Calibrated
 from evals.scorecard_speed import Figure
 from evals.tasks import QUICKSTART, registry
 from evals.tasks.base import Options, Sample, Task
+from evals.tasks.requests import MAX_NEW_TOKENS
 
 # Judgement of the guard on one request in three forms; asked where the registry has it.
 FORMS_TASK = "guard-modalities"
@@ -38,6 +41,8 @@ REQUESTS = (
 )
 PAGE, TABLE, VALUES = "index.html", "scorecard.md", "scorecard.json"
 _FORM_METRICS = ("auprc", "recall", "fpr")
+# What befalls the whole run, not one task: no place is left for answers.
+_NO_PLACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ class Measured:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def leave_out(self, what: str, why: Exception) -> None:
-        """Note what this run goes without, on stderr too."""
+        """Note what this run goes without, on stderr too. A full disk is not noted but raised."""
+        if isinstance(why.__cause__, OSError) and why.__cause__.errno in _NO_PLACE:
+            raise why
         self.left_out[what] = str(why)
         print(f"left out: {what}: {why}", file=sys.stderr)
 
@@ -78,7 +85,8 @@ def run(plan: Plan, out: Path, records: Path | None = None) -> Measured:
     """Measure and write DIR/index.html, scorecard.md and scorecard.json; returns what was measured.
 
     The same plan run again asks only for what the records lack. Raises `UserError` for a mistake of the
-    user's before any work: an unknown model, task or guard, a place that cannot be written.
+    user's before any work: an unknown model, task or guard, a place that cannot be written or that another
+    scorecard is writing to; and where the disk is full later on.
     """
     from evals import scorecard_files
 
@@ -90,18 +98,20 @@ def run(plan: Plan, out: Path, records: Path | None = None) -> Measured:
         GuardedModel(model, plan.guard)  # says at once where there is no guard
     tasks = _tasks(plan, model)
     records = records or out / "records"
-    measured = _new(plan, model)
-    _ask_tasks(measured, tasks, model, records)
-    _ask_requests(measured, model, records)
-    for evaluation in measured.evaluations:
-        if evaluation.task.ask == "score":
-            found = scorecard_calibration.measure(evaluation, plan.options.seed)
-            measured.calibration += [found] if found is not None else []
-    if not measured.entries:
-        raise UserError(f"nothing of '{plan.model}' could be measured; see the lines above")
-    if processes.is_writer():
-        _measure_speed(measured, model, records)
-        scorecard_files.write(measured, out)
+    # Open all the while: what another run holds would look like tasks that cannot be measured.
+    with Journal(records / "speed.jsonl") if processes.is_writer() else nullcontext() as journal:
+        measured = _new(plan, model)
+        _ask_tasks(measured, tasks, model, records)
+        _ask_requests(measured, model, records)
+        for evaluation in measured.evaluations:
+            if evaluation.task.ask == "score":
+                found = scorecard_calibration.measure(evaluation, plan.options.seed)
+                measured.calibration += [found] if found is not None else []
+        if not measured.entries:
+            raise UserError(f"nothing of '{plan.model}' could be measured; see the lines above")
+        if journal is not None:
+            _measure_speed(measured, model, journal)
+            scorecard_files.write(measured, out)
     return measured
 
 
@@ -175,7 +185,14 @@ def _ask_requests(measured: Measured, model: Model, records: Path) -> None:
         return
     try:
         measured.answers = scorecard_answers.measure(
-            model, measured.guard, samples, refusal_judge()[1], options, records
+            model,
+            measured.guard,
+            samples,
+            refusal_judge()[1],
+            options,
+            records,
+            scorecard_answers.MAX_NEW_TOKENS if measured.plan.quick else MAX_NEW_TOKENS,
+            [evaluation for evaluation in measured.evaluations if evaluation.task.name in REQUESTS],
         )
     except UserError as reason:
         measured.leave_out("answers", reason)
@@ -224,19 +241,18 @@ def _in_forms(measured: Measured, samples: Sequence[Sample], model: Model) -> li
     return made
 
 
-def _measure_speed(measured: Measured, model: Model, records: Path) -> None:
+def _measure_speed(measured: Measured, model: Model, journal: Journal) -> None:
     """Figures of speed are kept like answers: a page made again shows the same ones."""
     measured.sizes = scorecard_speed.sizes(measured.plan.model)
     key = f"{model.fingerprint(('core', 'image', 'audio', 'guard'))} {measured.provenance['hardware']}"
-    with Journal(records / "speed.jsonl") as journal:
-        try:
-            if key not in journal.known:
-                figures = scorecard_speed.measure(measured.plan.model)
-                journal.append([{"key": key, "output": {"figures": [asdict(f) for f in figures]}}])
-        except UserError as reason:
-            measured.leave_out("speed", reason)
-            return
-        measured.speed = scorecard_speed.from_json(journal.known[key]["figures"])
+    try:
+        if key not in journal.known:
+            figures = scorecard_speed.measure(measured.plan.model)
+            journal.append([{"key": key, "output": {"figures": [asdict(f) for f in figures]}}])
+    except UserError as reason:
+        measured.leave_out("speed", reason)
+        return
+    measured.speed = scorecard_speed.from_json(journal.known[key]["figures"])
 
 
 def refusal_judge() -> tuple[str, Refusals]:

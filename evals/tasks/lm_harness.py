@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from core_llm.chat import Message
 from core_llm.errors import DataError, UserError
+from evals.models import PLAIN_TEXT
 from evals.tasks import data
 from evals.tasks.base import Control, Options, Output, Sample, Task, Unavailable
 
@@ -310,7 +311,7 @@ def _task(
         name=name,
         title=title,
         section="text",
-        needs=("core",),
+        needs=("core", PLAIN_TEXT),
         source=f"{dataset}, asked and scored by lm_eval",
         licence=licence,
         metrics=metrics,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from core_llm.chat import Message
 from core_llm.errors import DataError, UserError
+from evals.models import PLAIN_TEXT
 from evals.tasks import data, scoring
 from evals.tasks.base import Control, Options, Output, Sample, Task
 
@@ -92,7 +93,7 @@ def _task(
         name=name,
         title=title,
         section="text",
-        needs=("core",),
+        needs=("core", PLAIN_TEXT),
         source=source[0],
         licence=source[1],
         metrics=("memorised", "perplexity"),

@@ -12,6 +12,7 @@ from evals.tasks import data, scoring
 from evals.tasks.base import Control, Options, Output, Sample, Task
 from evals.tasks.controls import BASE_RATE
 
+MAX_NEW_TOKENS = 128
 _RANKED = ("auprc", "auroc", "f1", "fpr", "ece", "accuracy")
 
 
@@ -191,7 +192,7 @@ def _assistant_task(requests: _Requests) -> Task:
         load=_load(requests),
         judge=refusal,
         controls=(_REFUSES, _COMPLIES),
-        max_new_tokens=128,
+        max_new_tokens=MAX_NEW_TOKENS,
         batch_size=32,
         citation=requests.citation,
         prompt_format="{prompt}",

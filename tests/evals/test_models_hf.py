@@ -1,5 +1,6 @@
 """Models of transformers, tiny with random weights: text, images and sound, against its own calls."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +242,61 @@ def test_what_is_no_such_model_is_one_line(text_model: Path, tmp_path: Path) -> 
     for path in text_model.iterdir():
         if path.name != "chat_template.jinja":
             (bare / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template, which task 'text-qa' needs"):
         open_model(f"hf:{bare}").require(("core",), "text-qa")
     (bare / "model.safetensors").write_bytes((bare / "model.safetensors").read_bytes()[:100])
     with pytest.raises(CheckpointError, match="cannot load it"):
         _ = open_model(f"hf:{bare}").model  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def base_model(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that was never taught to talk: no chat template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("hf") / "base"
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_model_without_chat_template_takes_tasks_of_plain_text(base_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = "the red circle is left of the blue square and the green star is above it " * 12
+    (tmp_path / "own.txt").write_text(text)
+    name = f"hf:{base_model}"
+    (task,) = find([f"memorisation:{tmp_path / 'own.txt'}"])
+    run.run_tasks([task], name, Options(), tmp_path / "records", tmp_path / "r.json")
+    (line,) = (tmp_path / "r.samples.jsonl").read_text().splitlines()[1:]
+    output = json.loads(line)["output"]
+    model, words = AutoModelForCausalLM.from_pretrained(base_model), AutoTokenizer.from_pretrained(base_model)
+    ids = words.encode(text, add_special_tokens=False)[:100]
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0, 49:-1].double().log_softmax(-1)
+    expected = float(logits.gather(-1, torch.tensor(ids[50:])[:, None]).sum())
+    assert output["logprob"] == pytest.approx(expected, abs=1e-2) and output["tokens"] == 50
+
+
+def test_a_model_without_chat_template_takes_a_task_of_lm_eval(base_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from evals.samples.make_fixtures import FIXTURES
+
+    place = tmp_path / "r.json"
+    options = Options(FIXTURES, "all", limit=4)
+    run.run_tasks(find(["arc-easy"]), f"hf:{base_model}", options, tmp_path / "records", place)
+    (entry,) = json.loads(place.read_text())
+    assert entry["n"] == 4 and 0 <= entry["metrics"]["accuracy"]["value"] <= 1
+
+
+def test_only_a_conversation_needs_a_chat_template(base_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no chat template, which task 'text-qa' needs; take an instruction"):
+        run.run_tasks(find(["arc-easy", "text-qa"]), f"hf:{base_model}", Options(), tmp_path / "records")
+    model = open_model(f"hf:{base_model}")
+    for call in (lambda: model.generate(said("hello"), 4), lambda: model.loglikelihood(said("hello"), ["a"])):
+        with pytest.raises(UserError, match="no chat template"):
+            call()
+    with pytest.raises(UserError, match="no chat template"):  # a guard reads and stops conversations
+        open_model(f"hf:{base_model}", guard="nano").require(find(["arc-easy"])[0].needs, "arc-easy")
+    assert not (tmp_path / "records").exists()

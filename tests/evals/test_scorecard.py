@@ -1,5 +1,6 @@
 """The scorecard's own measurements against independent ones, and what its three files say."""
 
+import errno
 import json
 import re
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ import pytest
 from core_llm import stats
 from core_llm.chat import Image, Message
 from core_llm.errors import UserError
+from core_llm.journal import Journal
 from evals import (
+    records,
     results,
     scorecard_answers,
     scorecard_calibration,
@@ -27,6 +30,7 @@ from evals import (
 from evals.models_guarded import GuardedModel
 from evals.report_samples import Media
 from evals.runner import evaluate
+from evals.samples.make_fixtures import FIXTURES
 from evals.scorecard_answers import EVERYTHING, Answers, to_the_point
 from evals.scorecard_run import Plan
 from evals.tasks import Options, Sample, find
@@ -317,3 +321,65 @@ def test_quick_scorecard_of_nano_is_measured_and_continued(tmp_path: Path) -> No
     for one, two in zip(first.entries, again.entries, strict=True):
         assert one["metrics"] == two["metrics"]
         assert two["provenance"]["rows_answered_before"] >= two["n"]
+
+
+@pytest.fixture
+def small(fake: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The stand-in behind a scorecard of the requests of one set, typed, without a guard."""
+    subject = fake(parrot)
+    monkeypatch.setattr(scorecard_run, "open_model", lambda name: subject)
+    monkeypatch.setattr(scorecard_run, "_own_guard", lambda model: None)
+    monkeypatch.setattr(scorecard_run, "REQUESTS", ("xstest",))
+    monkeypatch.setattr(scorecard_run.scorecard_forms, "FORMS", ("text",))
+    monkeypatch.setattr(scorecard_speed, "measure", lambda model: [])
+    return subject
+
+
+FULL = Plan("nano", Options(FIXTURES, "all"), tasks=("xstest",))
+
+
+def test_requests_that_a_task_has_asked_are_not_asked_again(small: Any, tmp_path: Path) -> None:
+    found = scorecard_run.run(FULL, tmp_path / "out")
+    task, answered = found.evaluations
+    assert (task.task.name, answered.task.name) == ("xstest", "answers-off")
+    assert small.asked == len(task.samples) == len(answered.samples) > 0
+    assert answered.outputs == task.outputs
+    kept = (tmp_path / "out" / "records" / "answers-off.jsonl").read_text().splitlines()
+    assert len(kept) == len(task.samples)
+
+
+def test_answers_that_may_be_longer_are_others(fake: Any, tmp_path: Path) -> None:
+    subject = fake(careful)
+    task = replace(find(["xstest"])[0], load=lambda options: requests(), max_new_tokens=8)
+    known = evaluate(task, subject, Options(), tmp_path / "task")
+    asked = subject.asked
+    scorecard_answers.measure(
+        subject, None, requests(), refused, Options(), tmp_path / "answers", 64, [known]
+    )
+    assert subject.asked == asked + len(REQUESTS)
+
+
+def test_a_second_scorecard_at_once_is_refused_and_leaves_the_first_alone(small: Any, tmp_path: Path) -> None:
+    with (
+        Journal(tmp_path / "out" / "records" / "speed.jsonl"),
+        pytest.raises(UserError, match="another run is writing there"),
+    ):
+        scorecard_run.run(FULL, tmp_path / "out")
+    assert small.asked == 0 and not (tmp_path / "out" / "scorecard.json").exists()
+    assert scorecard_run.run(FULL, tmp_path / "out").left_out.keys() == {"guard on"}
+
+
+@pytest.mark.parametrize("where", ["claim", "append"])
+def test_a_full_disk_ends_the_run_and_is_not_taken_for_a_lack_of_the_model(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = (records, "write_text") if where == "claim" else (records.RecordStore, "append")
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, full)
+        with pytest.raises((UserError, OSError), match="No space left"):
+            scorecard_run.run(FULL, tmp_path / "out")
+    assert not (tmp_path / "out" / "scorecard.json").exists()
+    assert "xstest" not in scorecard_run.run(FULL, tmp_path / "out").left_out

@@ -2,8 +2,9 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -223,13 +224,20 @@ def _alone(out: Path, *sources: str | None) -> Iterator[None]:
     if not processes.is_writer():
         yield
         return
-    state = out / "state"
+    fresh, state = not out.exists(), out / "state"
     state.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         if not lock(descriptor):
             raise UserError(f"{out}: another run is writing there; wait for it, or choose another folder")
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in state.iterdir()] == ["lock"]:  # nothing was begun: nothing stays
+                shutil.rmtree(state)
+                if fresh:
+                    with suppress(OSError):  # somebody else put something there
+                        out.rmdir()
     finally:
         os.close(descriptor)
 

@@ -38,6 +38,7 @@ from speech_adapter.corpus import (
     recorded_digits,
 )
 from speech_adapter.ctc import PhonemeHead
+from speech_adapter.scores import word_error_rates
 
 GENTLE = Augmentation(
     speed=(0.9, 1.12), equaliser_db=3.0, telephone=0.1, reverberation=0.05, noise=0.25,
@@ -202,11 +203,9 @@ class SpeechTask:
             asked = [conversation(*pair)[:-1] for pair in zip(clips[i : i + size], parts, strict=True)]
             answers += assistant.generate(asked, Sampling(max_new_tokens=24))
         wanted = [clip.answer for clip in clips]
-        order = np.random.default_rng(0).permutation(len(clips))
         return {
             "ctc_wer": jiwer.wer([clip.text for clip in clips], heard),
-            "wer": jiwer.wer(wanted, answers),
-            "wer_shuffled": jiwer.wer(wanted, [answers[i] for i in order]),
+            **word_error_rates(wanted, answers),
             "accuracy": float(np.mean([a.lower() == w for a, w in zip(answers, wanted, strict=True)])),
         }
 

@@ -12,6 +12,7 @@ from core_llm.tokenizer import Tokenizer
 from speech_adapter.adapter import SpeechAdapter
 from speech_adapter.ctc import CharacterCTC
 from speech_adapter.examples import Example
+from speech_adapter.scores import word_error_rates
 from speech_adapter.stages.clips import Clip, ClipTask
 from speech_adapter.stages.presets import StageConfig
 
@@ -88,6 +89,5 @@ class CTCTask(ClipTask[Example]):
         return {
             **found,
             "held_out_cer": jiwer.cer(said, heard),
-            "held_out_wer": jiwer.wer(said, heard),
-            "held_out_wer_shuffled": jiwer.wer(said, heard[1:] + heard[:1]),
+            **{f"held_out_{name}": rate for name, rate in word_error_rates(said, heard).items()},
         }

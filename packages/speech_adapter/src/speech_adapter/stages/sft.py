@@ -20,6 +20,7 @@ from core_llm.train.answers import answer_logits, n_answer_tokens
 from speech_adapter.adapter import SpeechAdapter
 from speech_adapter.examples import Asked
 from speech_adapter.recording import RecordingAdapter
+from speech_adapter.scores import word_error_rates
 from speech_adapter.stages.clips import Clip, ClipTask
 from speech_adapter.stages.presets import StageConfig
 
@@ -104,8 +105,6 @@ class SFTTask(ClipTask[Asked]):
         found = super().evaluate()
         if len(self.held_out) < 2:
             return found
-        import jiwer
-
         answering = Assistant(self.core, self.tokenizer, [self.adapter])
         wanted = [clip.item.answer for clip in self.held_out]
         longest = max(len(self.tokenizer.encode(answer)) for answer in wanted)
@@ -115,7 +114,6 @@ class SFTTask(ClipTask[Asked]):
             answers += answering.generate([asked], Sampling(max_new_tokens=2 * longest + 8))
         return {
             **found,
-            "held_out_wer": jiwer.wer(wanted, answers),
-            "held_out_wer_shuffled": jiwer.wer(wanted, answers[1:] + answers[:1]),
+            **{f"held_out_{name}": rate for name, rate in word_error_rates(wanted, answers).items()},
             "held_out_exact": sum(map(str.__eq__, wanted, answers)) / len(wanted),
         }
