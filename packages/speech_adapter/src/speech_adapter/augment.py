@@ -32,7 +32,7 @@ class Augmentation:
     noise_snr_db: tuple[float, float] = (8.0, 40.0)
     clipping: float = 0.2  # probability of a microphone that is overdriven
     clipping_db: tuple[float, float] = (3.0, 22.0)  # how far beyond full scale
-    cut_ms: float = 30.0  # at most this much is cut off each end, as hasty recordings do
+    cut_ms: float = 20.0  # at most this much is cut off each end, as hasty recordings do
     silence_ms: tuple[float, float] = (0.0, 350.0)  # added at each end
     tract: tuple[float, float] = (0.88, 1.14)  # stretches formants alone, features only
     frequency_masks: int = 2

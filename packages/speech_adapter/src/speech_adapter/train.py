@@ -41,7 +41,7 @@ from speech_adapter.ctc import PhonemeHead
 from speech_adapter.scores import word_error_rates
 
 GENTLE = Augmentation(
-    speed=(0.9, 1.12), equaliser_db=3.0, telephone=0.1, reverberation=0.05, noise=0.25,
+    speed=(0.9, 1.12), equaliser_db=3.0, telephone=0.35, reverberation=0.05, noise=0.25,
     noise_snr_db=(15.0, 40.0), clipping=0.1, tract=(0.94, 1.07), frequency_masks=1, time_masks=0,
 )  # fmt: skip
 
