@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,10 +144,3 @@ def held_out_commands(n: int, cache_dir: Path, seed: int = 90_002) -> list[Spoke
 def held_out_questions(n: int, cache_dir: Path, seed: int = 90_001) -> list[Spoken]:
     """Questions in voices that no training clip has."""
     return synthesise([(question_about_scene, n)], seed, cache_dir, HELD_OUT_VOICES)[0]
-
-
-def interleaved(speakers: Mapping[str, Sequence[Spoken]], n: int) -> list[Spoken]:
-    """Up to n clips, spread evenly over each speaker's clips."""
-    clips = [clip for own in speakers.values() for clip in own]
-    step = max(len(clips) / max(n, 1), 1.0)
-    return [clips[int(i * step)] for i in range(min(n, len(clips)))]

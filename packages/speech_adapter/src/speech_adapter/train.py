@@ -20,6 +20,7 @@ from core_llm import processes
 from core_llm.adapters import Assistant
 from core_llm.chat import Audio, Message, Text
 from core_llm.checkpoint import core_hash, load_core
+from core_llm.data.rows import spread
 from core_llm.model import Llama
 from core_llm.sampling import Sampling
 from core_llm.tokenizer import Tokenizer
@@ -34,7 +35,6 @@ from speech_adapter.corpus import (
     build_corpus,
     held_out_commands,
     held_out_questions,
-    interleaved,
     recorded_digits,
 )
 from speech_adapter.ctc import PhonemeHead
@@ -238,8 +238,8 @@ def train(
     with processes.writer_first():  # of several processes one speaks, and the others read what it left
         corpus = build_corpus(data_root, cache_dir, recipe.n_synthetic, seed)
         questions, commands = held_out_questions(150, cache_dir), held_out_commands(150, cache_dir)
-    digits = interleaved(recorded_digits(data_root, "dev"), 200)
-    held_out = {"digits": digits, "commands": commands, "questions": questions}
+    unseen = [clip for own in recorded_digits(data_root, "dev").values() for clip in own]
+    held_out = {"digits": spread(unseen, 200), "commands": commands, "questions": questions}
     torch.manual_seed(seed)
     adapter = create(encoder, core, codes=recipe.codes)
     task = SpeechTask(adapter, core, tokenizer, corpus, held_out, recipe, seed)

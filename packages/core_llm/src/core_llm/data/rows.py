@@ -2,10 +2,10 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,14 @@ class Source:
 def declared_split(stem: str) -> str | None:
     """A split that the file name states; test and validation files are never trained on."""
     return {"train": "train", "dev": "dev", "validation": "dev", "val": "dev", "test": "dev"}.get(stem)
+
+
+_T = TypeVar("_T")
+
+
+def spread(rows: Sequence[_T], n: int) -> Sequence[_T]:
+    """At most n of the rows, evenly over all: datasets are sorted, and their first rows are of one kind."""
+    return [rows[i * len(rows) // n] for i in range(n)] if n < len(rows) else rows
 
 
 # group (rows that must stay together) and fields of a row.

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core_llm.data.rows import Row, Source, declared_split, from_hub, jsonl, numbered
+from core_llm.data.rows import Row, Source, declared_split, from_hub, jsonl, numbered, spread
 from core_llm.data.safety_sets import SAFETY
 from core_llm.data.snapshots import has_parquet, parts
 from core_llm.data.speech import SPEECH
@@ -58,9 +58,7 @@ def load(
         rows = [row for row in rows if (row.split or split_of(name, row.group)) == split]
     if not rows:
         raise DataError(f"{name}: the {split} split is empty here")
-    if limit is not None and limit < len(rows):
-        rows = [rows[i * len(rows) // limit] for i in range(limit)]
-    return rows
+    return rows if limit is None else list(spread(rows, limit))
 
 
 def _read_local(source: Source, data_root: Path) -> list[Row]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from core_llm.chat import Message
 from core_llm.data import sources
+from core_llm.data.rows import spread
 from core_llm.errors import DataError, UserError
 from guard import examples
 from guard.conversations import conversation, numbered_json
@@ -109,8 +110,8 @@ def own_set(path: Path, limit: int | None = None) -> EvalSet:
             parts[split].append(row)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    if limit is not None and limit < len(made.test):
-        made.test = [made.test[i * len(made.test) // limit] for i in range(limit)]
+    if limit is not None:
+        made.test = list(spread(made.test, limit))
     return _checked(made)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from core_llm.chat import Audio
+from core_llm.data.rows import spread
 from core_llm.errors import DataError, MediaError
 from core_llm.train.accumulate import accumulated, split
 from core_llm.train.answers import picked
@@ -91,7 +92,8 @@ class ClipTask(ABC, Generic[Item]):
         self.items: Sequence[Item] = items
         self.max_seconds = adapter.config.max_seconds if self.whole else None
         self.held_out: list[Clip[Item]] = [
-            Clip(item, (0, 0, i), Perturbation(), self.max_seconds) for i, item in enumerate(held_out[:256])
+            Clip(item, (0, 0, i), Perturbation(), self.max_seconds)
+            for i, item in enumerate(spread(held_out, 256))
         ]
         self._unreadable: set[str] = set()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from core_llm.adapters import Assistant
 from core_llm.config import LlamaConfig
+from core_llm.data.rows import spread
 from core_llm.errors import UserError
 from core_llm.model import Llama
 from core_llm.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ class AnswerTask:
     ) -> None:
         self.name, self.adapter, self.config, self.seed = name, adapter, config, seed
         self.assistant = Assistant(core.requires_grad_(False), tokenizer, [adapter])
-        self.examples, self.held_out = examples, held_out[:256]
+        self.examples, self.held_out = examples, spread(held_out, 256)
         self.groups = adapter_groups(adapter, config)
         self.lora = trained_updates(name, adapter, core, config, seed)
         if self.lora is not None:

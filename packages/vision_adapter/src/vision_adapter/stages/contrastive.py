@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core_llm import processes
+from core_llm.data.rows import spread
 from core_llm.tokenizer import Tokenizer
 from core_llm.train.accumulate import accumulated, split
 from core_llm.train.answers import picked
@@ -100,7 +101,7 @@ class ContrastiveTask:
         self.towers = TwoTowers(adapter, tokenizer, config)
         self.towers.to(adapter.projector.weight.device)
         self.tokenizer, self.config, self.seed = tokenizer, config, seed
-        self.examples, self.held_out = examples, held_out[:256]
+        self.examples, self.held_out = examples, spread(held_out, 256)
         self.clip_loss = ClipLoss()
 
     def modules(self) -> Mapping[str, nn.Module]:
