@@ -108,8 +108,8 @@ def test_what_was_asked_is_there_with_its_pictures_and_sounds(
             (part,) = [part for part in parts if part["type"] == kind]
             key = part[kind].removeprefix(inspect_media.ATTACHMENT)
             head, _, content = sample["attachments"][key].partition(";base64,")
-            source: Any = asked[sample["id"]].messages[0].parts[0]
-            assert base64.b64decode(content) == Path(source.data).read_bytes()
+            (source,) = [p for p in asked[sample["id"]].messages[0].parts if isinstance(p, Image | Audio)]
+            assert base64.b64decode(content) == Path(str(source.data)).read_bytes()
             assert head == {"image": "data:image/png", "audio": "data:audio/wav"}[kind]
     attacked = found["guard-basics~rot13"]["samples"]
     assert {sample["metadata"]["kind"] for sample in attacked} == {"plain", "rot13"}
