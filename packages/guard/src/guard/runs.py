@@ -219,7 +219,7 @@ def _alone(out: Path, *sources: str | None) -> Iterator[None]:
     Raises `UserError` where a program is at work there, or where the result would replace a source.
     """
     for source in sources:
-        if source is not None and out.exists() and out.resolve() == Path(source).resolve():
+        if source is not None and Path(source).is_dir() and out.resolve() == Path(source).resolve():
             raise UserError(f"{out}: is what this run is made from; choose another folder")
     if not processes.is_writer():
         yield
