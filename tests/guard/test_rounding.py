@@ -8,7 +8,6 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -31,7 +30,9 @@ def sharp_core(vocab: int, seed: int) -> Llama:
             if parameter.dim() > 1:
                 parameter.normal_(std=256**-0.5, generator=generator)
                 parameter *= 3.0 if "q_proj" in name else 1.0
-    return core.bfloat16().eval().requires_grad_(False)
+    for parameter in core.parameters():  # not core.bfloat16(): a loaded core's rotary frequencies are fp32
+        parameter.data = parameter.data.bfloat16()
+    return core.eval().requires_grad_(False)
 
 
 def peer_of(core: Llama, dtype: torch.dtype) -> Any:
@@ -83,10 +84,9 @@ def our_odds(core: Llama, guard: Guard, rows: Sequence[Row]) -> Tensor:
     return torch.tensor([v.probability for v in verdicts], dtype=torch.double).logit()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_bf16_is_as_near_to_fp32_as_transformers_own(guard: Guard, seed: int) -> None:
-    core = sharp_core(guard.tokenizer.vocab_size, seed)
-    rows = prompts(guard.tokenizer.n_words, seed)
+def test_bf16_is_as_near_to_fp32_as_transformers_own(guard: Guard) -> None:
+    core = sharp_core(guard.tokenizer.vocab_size, seed=0)
+    rows = prompts(guard.tokenizer.n_words, seed=0)
     words = [guard.tokens.safe, guard.tokens.unsafe]
     exact = peer_odds(peer_of(core, torch.float32), rows, words, BATCH)
     theirs = peer_of(core, torch.bfloat16)
@@ -97,4 +97,3 @@ def test_bf16_is_as_near_to_fp32_as_transformers_own(guard: Guard, seed: int) ->
     assert 0 < ours <= (single + padded)  # twice their mean
     wide = our_odds(copy.deepcopy(core).float(), guard, rows)
     assert (wide - exact).abs().max() < 1e-4
-    print(f"mean error of the log-odds: ours {ours:.4f}, transformers {single:.4f} and {padded:.4f}")

@@ -164,8 +164,10 @@ def test_places_that_a_run_cannot_write_to_are_refused_before_any_work(
     with pytest.raises(UserError, match="made from"):
         prune(model, model.parent / "x" / ".." / model.name).run()
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OSError):  # which the command line turns into one line, see `cli_tools`
-        prune(model, tmp_path / "file").run()
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere" / "deep")
+    for place in (tmp_path / "file", tmp_path / "file" / "x", Path("/proc/none"), tmp_path / "gone"):
+        with pytest.raises(UserError, match="cannot write there"):
+            prune(model, place).run()
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "busy" / "state").mkdir(parents=True)
     with (tmp_path / "busy" / "state" / "lock").open("w") as held:

@@ -225,8 +225,11 @@ def _alone(out: Path, *sources: str | None) -> Iterator[None]:
         yield
         return
     fresh, state = not out.exists(), out / "state"
-    state.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write there ({error.strerror}); choose another folder") from error
     try:
         if not lock(descriptor):
             raise UserError(f"{out}: another run is writing there; wait for it, or choose another folder")
