@@ -70,3 +70,14 @@ def test_text_longer_than_the_context_names_both_lengths() -> None:
         core(torch.zeros(1, 513, dtype=torch.long))
     with pytest.raises(UserError, match="600"):
         KVCache(core.config, 1, 600)
+
+
+def test_rotary_frequencies_stay_exact_in_bf16() -> None:
+    core, _ = tiny_core()
+    exact = core.frequencies.clone()
+    for converted in (core.bfloat16(), core.to(torch.float16)):
+        assert converted.embed_tokens.weight.dtype != torch.float32
+        assert converted.frequencies.dtype == torch.float32 and torch.equal(converted.frequencies, exact)
+    core.to("meta")
+    assert core.bfloat16().frequencies.is_meta
+    assert tiny_core()[0].double().frequencies.dtype == torch.float64

@@ -36,6 +36,16 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
+        """What `to`, `bfloat16`, `cuda` and their like do; the rotary frequencies stay at least fp32.
+
+        Rounded to bf16 they turn far positions by wrong angles, which multiplies the error of the logits.
+        """
+        super()._apply(fn, recurse)
+        if self.frequencies.itemsize < 4:
+            self.frequencies = rope_frequencies(self.config).to(self.frequencies.device)
+        return self
+
     def initialise(self, seed: int) -> "Llama":
         """Fresh weights: normal with deviation 1/sqrt(C), residual outputs shrunk by depth."""
         generator = torch.Generator().manual_seed(seed)
