@@ -2,7 +2,9 @@ import io
 import json
 import struct
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -117,9 +119,12 @@ def test_blocks_resample_as_one_pass_does(rate: int) -> None:
     np.testing.assert_array_equal(np.concatenate(parts), soxr.resample(samples, rate, SAMPLE_RATE))
 
 
+_NARROW = pytest.mark.xfail(
+    strict=True, reason="without what lies above 4 kHz the bundled weights hear this clip's 'eight' as 'six'"
+)
 # Every container, sample format, rate and channel count at least once.
 LAYOUTS = [
-    ("WAV", "PCM_U8", 8_000, 1),
+    pytest.param("WAV", "PCM_U8", 8_000, 1, marks=_NARROW),
     ("WAV", "PCM_16", 11_025, 2),
     ("WAV", "PCM_24", 22_050, 6),
     ("WAV", "PCM_32", 96_000, 6),
@@ -128,32 +133,52 @@ LAYOUTS = [
     ("FLAC", "PCM_16", 96_000, 6),
     ("FLAC", "PCM_24", 44_100, 2),
     ("OGG", "VORBIS", 96_000, 6),
-    ("OGG", "OPUS", 8_000, 1),
+    pytest.param("OGG", "OPUS", 8_000, 1, marks=_NARROW),
     ("OGG", "OPUS", 48_000, 6),
-    ("MP3", "MPEG_LAYER_III", 8_000, 2),
+    pytest.param("MP3", "MPEG_LAYER_III", 8_000, 2, marks=_NARROW),
     ("MP3", "MPEG_LAYER_III", 44_100, 1),
 ]
 
 
-def test_the_same_words_in_every_format_rate_and_channel_layout() -> None:
+class Heard(NamedTuple):
+    text: Callable[[Path | bytes], str]
+    said: str
+    samples: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def heard() -> Heard:
+    """The bundled model's ears, and a clip of several digits that they hear right."""
     core, tokenizer = load_core("nano")
     assistant = Assistant(core, tokenizer, [load("nano", core)])
     clip = next(
         row for row in json.loads((SAMPLES / "clips.json").read_text())["digits"] if len(row["text"]) > 15
     )
-    samples = decode(SAMPLES / clip["file"])
 
     def text(data: Path | bytes) -> str:
         return assistant.generate([recognition_request(Audio(data))])[0].strip()
 
-    expected = text(SAMPLES / clip["file"])
-    assert len(expected.split()) == len(clip["text"].split())
-    for container, subtype, rate, channels in LAYOUTS:
-        played = soxr.resample(samples, SAMPLE_RATE, rate)
-        content = encoded(np.stack([played] * channels, axis=1), rate, format=container, subtype=subtype)
-        assert text(content) == expected, (container, subtype, rate, channels)
-    clipped = encoded(np.clip(samples * 8 / np.abs(samples).max(), -1, 1), SAMPLE_RATE, format="WAV")
-    assert text(clipped) == expected
+    assert text(SAMPLES / clip["file"]) == clip["text"]
+    return Heard(text, clip["text"], decode(SAMPLES / clip["file"]))
+
+
+@pytest.mark.parametrize(("container", "subtype", "rate", "channels"), LAYOUTS)
+def test_the_same_words_in_every_format_rate_and_channel_layout(
+    heard: Heard,
+    container: str,
+    subtype: str,
+    rate: int,
+    channels: int,
+) -> None:
+    played = soxr.resample(heard.samples, SAMPLE_RATE, rate)
+    content = encoded(np.stack([played] * channels, axis=1), rate, format=container, subtype=subtype)
+    assert heard.text(content) == heard.said
+
+
+def test_the_same_words_where_it_is_overdriven(heard: Heard) -> None:
+    loud = np.clip(heard.samples * 8 / np.abs(heard.samples).max(), -1, 1)
+    content = encoded(loud, SAMPLE_RATE, format="WAV")
+    assert heard.text(content) == heard.said
 
 
 def test_the_extension_of_a_name_does_not_matter(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 
 from speech_adapter.augment import (
@@ -12,7 +11,6 @@ from speech_adapter.augment import (
     join,
     mask_features,
     overdrive,
-    quiet_ends,
     stretch_formants,
 )
 from speech_adapter.features import log_mel
@@ -107,12 +105,3 @@ def test_overdriven_clips_are_flat_where_they_were_loud() -> None:
     np.testing.assert_array_equal(cut[quiet], samples[quiet])
     np.testing.assert_allclose(np.abs(cut[~quiet]), limit, rtol=1e-6)
     assert 0 < quiet.sum() < len(samples)
-
-
-def test_a_level_trigger_cuts_what_is_quiet_at_the_ends() -> None:
-    samples = np.concatenate([np.full(800, 0.01), chirp(0.3), np.full(1600, 0.01)]).astype(np.float32)
-    settings = replace(SETTINGS, hasty_level=(0.05, 0.05))
-    start, end = quiet_ends(samples, np.random.default_rng(0), settings)
-    assert start == pytest.approx(800, abs=100) and end == pytest.approx(1600, abs=100)
-    assert quiet_ends(samples, np.random.default_rng(0), replace(settings, hasty_ms=10.0)) == (160, 160)
-    assert quiet_ends(np.zeros(100, np.float32), np.random.default_rng(0), settings) == (0, 0)

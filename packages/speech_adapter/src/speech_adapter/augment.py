@@ -33,9 +33,6 @@ class Augmentation:
     clipping: float = 0.2  # probability of a microphone that is overdriven
     clipping_db: tuple[float, float] = (3.0, 22.0)  # how far beyond full scale
     cut_ms: float = 30.0  # at most this much is cut off each end, as hasty recordings do
-    hasty: float = 0.3  # probability that what is quiet at the ends is cut off too, as by a level trigger
-    hasty_level: tuple[float, float] = (0.02, 0.3)  # quiet: below this part of the peak
-    hasty_ms: float = 120.0  # at most, each end
     silence_ms: tuple[float, float] = (0.0, 350.0)  # added at each end
     tract: tuple[float, float] = (0.88, 1.14)  # stretches formants alone, features only
     frequency_masks: int = 2
@@ -98,14 +95,6 @@ def overdrive(samples: Waveform, rng: np.random.Generator, settings: Augmentatio
     return np.clip(samples, -limit, limit).astype(np.float32)
 
 
-def quiet_ends(samples: Waveform, rng: np.random.Generator, settings: Augmentation) -> tuple[int, int]:
-    """Samples that a level trigger would miss at the beginning and at the end: weak consonants, mostly."""
-    level = np.exp(rng.uniform(*np.log(settings.hasty_level))) * np.abs(samples).max(initial=0.0)
-    loud = np.flatnonzero(np.abs(samples) >= level)
-    most = int(settings.hasty_ms * SAMPLE_RATE / 1000)
-    return min(int(loud[0]), most), min(len(samples) - 1 - int(loud[-1]), most)
-
-
 def augment(
     samples: Waveform, rng: np.random.Generator, settings: Augmentation
 ) -> tuple[Waveform, Callable[[np.ndarray], np.ndarray]]:
@@ -114,9 +103,6 @@ def augment(
     Also returns where a time of the original (seconds) lies in the new clip.
     """
     cut, cut_end = (rng.uniform(0.0, settings.cut_ms, size=2) * SAMPLE_RATE / 1000).astype(int)
-    if rng.random() < settings.hasty and len(samples):
-        quiet, quiet_end = quiet_ends(samples, rng, settings)
-        cut, cut_end = max(cut, quiet), max(cut_end, quiet_end)
     if cut + cut_end >= len(samples):  # nothing would be left of it
         cut, cut_end = 0, 0
     samples = samples[cut : len(samples) - cut_end]

@@ -126,7 +126,7 @@ def trim(samples: np.ndarray, threshold: int = 160, margin_ms: int = 20) -> tupl
 def build_corpus(data_root: Path | None, cache_dir: Path, n_synthetic: int, seed: int) -> Corpus:
     """Training speech: every FSDD clip of the train split and `n_synthetic` espeak clips."""
     recorded = recorded_digits(data_root, "train")
-    n_digits, n_commands = n_synthetic * 5 // 16, n_synthetic * 7 // 16
+    n_digits, n_commands = n_synthetic * 3 // 16, n_synthetic // 2
     wanted: list[tuple[Sampler, int]] = [
         (_repeat(_short_digits), n_digits),
         (_repeat(_command), n_commands),

@@ -41,8 +41,8 @@ from speech_adapter.ctc import PhonemeHead
 from speech_adapter.scores import word_error_rates
 
 GENTLE = Augmentation(
-    speed=(0.9, 1.12), equaliser_db=3.0, telephone=0.2, reverberation=0.05, noise=0.25,
-    noise_snr_db=(15.0, 40.0), clipping=0.1, hasty=0.0, tract=(0.94, 1.07), frequency_masks=1, time_masks=0,
+    speed=(0.9, 1.12), equaliser_db=3.0, telephone=0.1, reverberation=0.05, noise=0.25,
+    noise_snr_db=(15.0, 40.0), clipping=0.1, tract=(0.94, 1.07), frequency_masks=1, time_masks=0,
 )  # fmt: skip
 
 
@@ -52,8 +52,8 @@ class Recipe:
 
     codes: int = 0  # seed of the random vectors
     recorded: int = 12  # clips of each kind per two steps: many small steps teach more than few large ones
-    digits: int = 6
-    commands: int = 10
+    digits: int = 4
+    commands: int = 11
     questions: int = 6
     join_probability: float = 0.4  # of a recorded digit: followed by one to three more
     n_synthetic: int = 16_000
