@@ -1,3 +1,4 @@
+import json
 from fractions import Fraction
 from math import ceil, floor
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from core_llm.adapters import Assistant
 from core_llm.chat import Audio, Message, Text
-from core_llm.checkpoint import core_hash
+from core_llm.checkpoint import core_hash, load_core
 from core_llm.errors import CheckpointError, MediaError
 from core_llm.model import Llama
 from core_llm.testing import tiny_core
@@ -22,6 +23,7 @@ from speech_adapter.encoders import ConformerEncoder
 from speech_adapter.testing import chirp
 
 Core = tuple[Llama, Tokenizer]
+SAMPLES = Path(__file__).parents[2] / "evals" / "samples"
 
 
 def clips(*seconds: float) -> list[Audio]:
@@ -210,3 +212,20 @@ def test_config_refuses_unknown_and_missing_keys() -> None:
 def test_nano_has_at_most_two_point_two_million_parameters() -> None:
     adapter = SpeechAdapter(SpeechConfig(core_dim=192), torch.zeros(16, 192))
     assert sum(p.numel() for p in adapter.parameters()) <= 2_200_000
+
+
+def test_what_was_learned_with_codes_serves_another_core_of_the_family(tmp_path: Path) -> None:
+    core, tokenizer = load_core("nano")
+    other = Llama(core.config).initialise(7)
+    trained = load("nano", core)
+    trained.save(tmp_path, other)
+    moved = load(tmp_path, other)
+    row = json.loads((SAMPLES / "clips.json").read_text())["digits"][0]
+    inputs = trained.preprocess([Audio(SAMPLES / row["file"])])
+    spelled = [a.reader.decode(m.vectors, m.lengths) for a in (trained, moved) for m in [a.encode(inputs)]]
+    assert spelled[0] == spelled[1] and tokenizer.decode(spelled[0][0]).strip() == row["text"]
+    # Each core reads its own embeddings of what was heard.
+    for adapter, read_by in ((trained, core), (moved, other)):
+        (vectors,) = adapter.place(adapter.encode(inputs))
+        said = read_by.embed_tokens.weight[spelled[0][0]]
+        assert (vectors - said).norm() < 0.2 * said.norm()
