@@ -278,7 +278,13 @@ class HfModel(Speaks):
 
     @property
     def end(self) -> int:
-        return int(self.tokenizer.eos_token_id)
+        if self.tokenizer.eos_token_id is not None:
+            return int(self.tokenizer.eos_token_id)
+        if not self._ends:
+            raise UserError(
+                f"model '{self.name}': neither tokenizer_config.json nor config.json names an end token"
+            )
+        return min(self._ends)
 
     @property
     def context(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from core_llm.chat import Message, Text, render
 from core_llm.checkpoint import load_core, open_weights, read_core, save_core
 from core_llm.cli import convert, generate
 from core_llm.cli_tools import run
@@ -436,3 +437,21 @@ def test_saved_core_of_one_file_and_of_shards_replace_each_other(tmp_path: Path)
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
         is_single = (tmp_path / "c" / "model.safetensors").exists()
         assert is_single == (size == "5GB") != (tmp_path / "c" / "model.safetensors.index.json").exists()
+
+
+def test_transformers_writes_conversations_with_the_converted_nano_as_we_do(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    convert_checkpoint("nano", tmp_path / "hf", progress=False)
+    peer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    _, tokenizer = load_core("nano")
+    conversations = [
+        [Message("user", "Is there a red circle?")],
+        [Message("system", "Be brief."), Message("user", "  two\n\nlines "), Message("assistant", "Yes.")],
+        [Message("user", (Text("one"), Text(" two"))), Message("assistant", ""), Message("user", "3 4 55!")],
+    ]
+    for messages in conversations:
+        said = [{"role": m.role, "content": "".join(p.text for p in m.parts)} for m in messages]
+        ids = peer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        assert ids == render(messages, tokenizer).ids
+    assert peer.eos_token_id == tokenizer.eot_id and peer.bos_token_id == tokenizer.bos_id

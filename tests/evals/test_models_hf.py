@@ -300,3 +300,14 @@ def test_only_a_conversation_needs_a_chat_template(base_model: Path, tmp_path: P
     with pytest.raises(UserError, match="no chat template"):  # a guard reads and stops conversations
         open_model(f"hf:{base_model}", guard="nano").require(find(["arc-easy"])[0].needs, "arc-easy")
     assert not (tmp_path / "records").exists()
+
+
+def test_the_end_token_is_the_tokenizers_or_the_configurations(base_model: Path) -> None:
+    model = HfModel(str(base_model))
+    assert model.end == model.tokenizer.eos_token_id == 1
+    model.tokenizer.eos_token = None  # such a tokenizer.json alone stands beside some base models
+    assert model.end == 1
+    silent = HfModel(str(base_model))
+    silent.tokenizer.eos_token = silent.model.generation_config.eos_token_id = None
+    with pytest.raises(UserError, match="names an end token"):
+        _ = silent.end

@@ -1,5 +1,6 @@
 """From one checkpoint to another: layout, dtype, number of files; in memory is what goes into one of them."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from core_llm.checkpoint import NANO, open_weights
 from core_llm.errors import CheckpointError, UserError
-from core_llm.files import TOKENIZER_FILES, parse_size, replacing
+from core_llm.files import TOKENIZER_FILES, parse_size, replacing, write_text
 from core_llm.hf_layout import HFWeights, config_to_hf, write_hf
 from core_llm.hub import find_model
 from core_llm.original_layout import OriginalWeights, params_from_config, write_original
@@ -28,6 +29,16 @@ _HF_COMPANIONS = (
     "special_tokens_map.json",
     "generation_config.json",
     "chat_template.jinja",
+)
+
+_RELEASED_SPECIAL = 128_000  # the first special token of Llama 3; a smaller vocabulary is of our own
+# `ChatFormat("plain")` for transformers.
+_PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>"
+    "{{ 'ipython' if m.role == 'tool' else m.role }}<|end_header_id|>\n\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
 
@@ -81,6 +92,21 @@ def carry_over(source: Path, target: Path, layout: Layout, tokenizer: Tokenizer 
     """
     _copy_companions(source, target, _HF_COMPANIONS if layout == "hf" else ())
     _complete_tokenizer(tokenizer, target / _TOKENIZER[layout])
+    if layout == "hf" and tokenizer is not None and tokenizer.eot_id < _RELEASED_SPECIAL:
+        _complete_settings(target / "tokenizer_config.json")
+
+
+def _complete_settings(path: Path) -> None:
+    """What transformers has to know of a tokenizer of our own, where the source does not say it."""
+    if not path.exists():
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|begin_of_text|>",
+            "eos_token": "<|eot_id|>",
+            "clean_up_tokenization_spaces": False,
+            "chat_template": _PLAIN_TEMPLATE,
+        }
+        write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
 @contextmanager
