@@ -284,7 +284,7 @@ class HfModel(Speaks):
             raise UserError(
                 f"model '{self.name}': neither tokenizer_config.json nor config.json names an end token"
             )
-        return min(self._ends)
+        return min(self._ends)  # of a Llama's list the end of a text, not that of a turn
 
     @property
     def context(self) -> int:

@@ -27,7 +27,7 @@ class EmbeddingCTC(nn.Module):
 
     With a seed of `codes` the e_v are random vectors instead, which lie far apart where the embeddings of
     words that the core treats alike lie close together; `denoise` then gives the embeddings. They depend on
-    the tokenizer only, so that what was learned with them serves every core that shares it.
+    tokenizer and width only, so that what was learned with them serves every core that shares both.
     """
 
     embeddings: Tensor
@@ -113,7 +113,11 @@ class EmbeddingCTC(nn.Module):
 
 
 def token_codes(n_tokens: int, dim: int, seed: int) -> Tensor:
-    """One standard normal vector per token, fp32 [n_tokens, dim]; the same on every machine."""
+    """One standard normal vector per token, fp32 [n_tokens, dim].
+
+    Saved adapters hold the seed alone: they rest on torch drawing the same numbers on a CPU, which a test
+    pins.
+    """
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n_tokens, dim, generator=generator)
 

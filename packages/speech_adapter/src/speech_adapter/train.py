@@ -1,8 +1,8 @@
 """Training of the nano speech adapter: CTC against a random vector per token, and espeak's phonemes.
 
 What is heard becomes the core's own embeddings of the tokens (`EmbeddingCTC.denoise`), so that the core has
-no part in the training, and what was learned serves every core with the same tokenizer. Training through a
-core, as the Llama 3 paper does it, is `stages.sft`.
+no part in the training, and what was learned serves every core of the same width and tokenizer. Training
+through a core, as the Llama 3 paper does it, is `stages.sft`.
 """
 
 from __future__ import annotations

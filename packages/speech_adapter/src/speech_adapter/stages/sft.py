@@ -101,7 +101,7 @@ class SFTTask(ClipTask[Asked]):
         return self.adapter.reader.loss(memory.vectors[known], memory.lengths[known], targets)
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss, and word error rate of the answers, each also with every text at the next sound."""
+        """Held-out loss, word error rates of answers and of exchanged answers, share of exact ones."""
         found = super().evaluate()
         if len(self.held_out) < 2:
             return found
